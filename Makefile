@@ -1,0 +1,63 @@
+# make build   the server, with ONNX Runtime's library beside it
+# make run     serve the example registry
+# make test    everything a contributor needs: format, lints, unit, integration and client tests
+# make models  train the example models again (large Python packages)
+# make bench   micro-benchmarks
+
+PYTHON ?= python3
+CARGO ?= cargo
+BIN := target/release/tidegate
+CLIENTS := target/clients-venv
+
+.PHONY: build run test lint unit clients models bench bless clean
+
+build: target/release/.onnxruntime
+	$(CARGO) build --release --locked
+
+# Without the library everything works on the embedded engine, more slowly; say so and go on.
+target/release/.onnxruntime: scripts/fetch-onnxruntime.sh scripts/onnxruntime.txt
+	@mkdir -p target/release
+	@if PYTHON=$(PYTHON) sh scripts/fetch-onnxruntime.sh target/release; then touch $@; \
+	else echo "make: ONNX Runtime's library could not be had: models will run on tract"; fi
+
+run: build
+	$(BIN) serve --registry models
+
+test: lint unit clients
+
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --release --locked --all-targets -- --deny warnings
+
+unit: build
+	@if [ -e target/release/.onnxruntime ]; then \
+		$(CARGO) test --release --locked; \
+	else \
+		TIDEGATE_TEST_WITHOUT_ONNXRUNTIME=1 $(CARGO) test --release --locked; \
+	fi
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+clients: build $(CLIENTS)/.installed
+	$(CLIENTS)/bin/python -B -m pytest -q -p no:cacheprovider tests/clients
+
+target/models-venv/.installed: models/requirements.txt
+	$(PYTHON) -m venv target/models-venv
+	target/models-venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+models: target/models-venv/.installed
+	target/models-venv/bin/python models/train.py
+
+bench:
+	$(CARGO) bench --locked
+
+# Rewrite the generated references in docs/.
+bless:
+	TIDEGATE_BLESS=1 $(CARGO) test --release --locked reference
+
+clean:
+	$(CARGO) clean

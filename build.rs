@@ -1,0 +1,29 @@
+//! Compiles the protocol buffers under `proto/`, one function each, without a system protoc.
+
+use std::error::Error;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    onnx()?;
+    open_inference()?;
+    Ok(())
+}
+
+/// The model format. `bytes` fields share the buffer they are decoded from: reading a model copies no weights.
+fn onnx() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto/onnx.proto");
+    let files = protox::compile(["proto/onnx.proto"], ["proto"])?;
+    prost_build::Config::new().bytes(["."]).compile_fds(files)?;
+    Ok(())
+}
+
+/// The gRPC service: messages, server and client. The codec refuses hostile messages before they are decoded.
+fn open_inference() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto/open_inference.proto");
+    let files = protox::compile(["proto/open_inference.proto"], ["proto"])?;
+    tonic_prost_build::configure()
+        .bytes(".")
+        .codec_path("crate::protocol::grpc::codec::CheckedCodec")
+        .build_transport(false)
+        .compile_fds(files)?;
+    Ok(())
+}
