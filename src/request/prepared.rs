@@ -1,0 +1,298 @@
+//! From the request as sent to the request as checked.
+
+use std::time::Instant;
+
+use super::{InferRequest, NamedTensor, Permit, Priority};
+use crate::error::{Error, Kind, Result, quoted};
+use crate::tensor::{Shape, Signature, Tensor, TensorSpec, wire_shape};
+
+/// How a version batches, as far as checking a request needs to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batching {
+    /// All inputs and outputs share their leading dimension: it counts rows.
+    pub enabled: bool,
+    /// The most rows one request may carry, where the model declares it.
+    pub max_batch_size: Option<usize>,
+}
+
+/// A request checked against a signature. Nothing downstream checks again.
+#[derive(Debug)]
+pub struct Prepared {
+    /// One tensor per input of the signature, in its order.
+    pub inputs: Vec<Tensor>,
+    /// Positions of the requested outputs, in the order asked for; all of them where none was named.
+    pub outputs: Vec<usize>,
+    /// Rows of a batchable request, at least 1; 1 for a request to an unbatched version.
+    pub rows: usize,
+    /// Requests whose keys are equal may share a batch: the extents of all free dimensions but the leading ones.
+    pub key: Box<[usize]>,
+    pub deadline: Option<Instant>,
+    pub priority: Priority,
+}
+
+impl Prepared {
+    /// Resolves names to positions and checks datatypes, shapes, rows and requested outputs.
+    pub fn check(
+        request: InferRequest,
+        permit: &Permit,
+        signature: &Signature,
+        batching: Batching,
+    ) -> Result<Prepared> {
+        let InferRequest { model, inputs, outputs, timeout, priority, .. } = request;
+        let model = model.name;
+        let inputs = resolve_inputs(inputs, signature, &model)?;
+        let rows = if batching.enabled { common_rows(&inputs, signature, &model)? } else { 1 };
+        if let Some(max) = batching.max_batch_size.filter(|max| rows > *max) {
+            return Err(Error::invalid(format!("inference request batch-size must be <= {max} for '{model}'")));
+        }
+        Ok(Prepared {
+            outputs: resolve_outputs(&outputs, signature, &model)?,
+            rows,
+            key: if batching.enabled { batch_key(&inputs, signature) } else { Box::default() },
+            inputs,
+            deadline: timeout.and_then(|timeout| permit.arrived().checked_add(timeout)),
+            priority,
+        })
+    }
+}
+
+/// The extents of all free dimensions but the leading ones. Empty for a model whose rows have a fixed shape.
+pub fn batch_key(inputs: &[Tensor], signature: &Signature) -> Box<[usize]> {
+    let mut key = Vec::new();
+    for (tensor, spec) in inputs.iter().zip(&signature.inputs) {
+        let dims = tensor.shape().dims();
+        match &spec.dims {
+            None => key.extend(dims.iter().skip(1)),
+            Some(specs) => {
+                key.extend(dims.iter().zip(specs).skip(1).filter(|(_, dim)| dim.is_free()).map(|(extent, _)| extent));
+            }
+        }
+    }
+    key.into()
+}
+
+fn resolve_inputs(sent: Vec<NamedTensor>, signature: &Signature, model: &str) -> Result<Vec<Tensor>> {
+    let mut slots: Vec<Option<Tensor>> = vec![None; signature.inputs.len()];
+    let mut names = Vec::with_capacity(sent.len());
+    for NamedTensor { name, tensor } in sent {
+        let Some((position, spec)) = signature.input(&name) else {
+            let expected: Vec<&str> = signature.inputs.iter().map(|spec| &*spec.name).collect();
+            return Err(Error::invalid(format!(
+                "unexpected inference input '{}' for model '{model}', expected {}",
+                quoted(&name),
+                name_list(&expected)
+            )));
+        };
+        if slots[position].is_some() {
+            return Err(Error::invalid(format!("input '{name}' is given more than once for model '{model}'")));
+        }
+        slots[position] = Some(checked(tensor, spec, model)?);
+        names.push(name);
+    }
+    let missing: Vec<&str> =
+        slots.iter().zip(&signature.inputs).filter(|(slot, _)| slot.is_none()).map(|(_, spec)| &*spec.name).collect();
+    if !missing.is_empty() {
+        let got: Vec<&str> = names.iter().map(|name| &**name).collect();
+        return Err(Error::invalid(format!(
+            "expected {} inputs but got {} inputs for model '{model}'. Got input(s) {}, but missing required input(s) \
+             {}. Please provide all required input(s).",
+            signature.inputs.len(),
+            got.len(),
+            name_list(&got),
+            name_list(&missing),
+        )));
+    }
+    Ok(slots.into_iter().flatten().collect())
+}
+
+fn checked(tensor: Tensor, spec: &TensorSpec, model: &str) -> Result<Tensor> {
+    if tensor.dtype() != spec.dtype {
+        return Err(Error::invalid(format!(
+            "inference input '{}' data-type is '{}', but model '{model}' expects '{}'",
+            spec.name,
+            tensor.dtype(),
+            spec.dtype
+        )));
+    }
+    if spec.accepts(tensor.shape()) {
+        return Ok(tensor);
+    }
+    // Triton cannot express a scalar and its users send [1].
+    if spec.dims.as_ref().is_some_and(Vec::is_empty) && tensor.shape().dims() == [1] {
+        return tensor.reshaped(Shape::scalar()).map_err(|error| Error::internal(error.to_string()));
+    }
+    Err(Error::invalid(format!(
+        "unexpected shape for input '{}' for model '{model}'. Expected {}, got {}",
+        spec.name,
+        wire_shape(&spec.to_wire()),
+        tensor.shape()
+    )))
+}
+
+fn common_rows(inputs: &[Tensor], signature: &Signature, model: &str) -> Result<usize> {
+    let mut named = inputs.iter().zip(&signature.inputs).map(|(tensor, spec)| (tensor.rows().unwrap_or(1), &spec.name));
+    let Some((rows, first)) = named.next() else { return Ok(1) };
+    if rows == 0 {
+        return Err(Error::invalid(format!(
+            "input '{first}' has batch size 0 for model '{model}', expected at least 1"
+        )));
+    }
+    match named.find(|(other, _)| *other != rows) {
+        None => Ok(rows),
+        Some((other, name)) => Err(Error::invalid(format!(
+            "input '{name}' has batch size {other} for model '{model}', but input '{first}' has {rows}"
+        ))),
+    }
+}
+
+fn resolve_outputs(names: &[String], signature: &Signature, model: &str) -> Result<Vec<usize>> {
+    if names.is_empty() {
+        return Ok((0..signature.outputs.len()).collect());
+    }
+    let mut positions = Vec::with_capacity(names.len());
+    for name in names {
+        let (position, _) = signature.output(name).ok_or_else(|| {
+            Error::invalid(format!("unexpected inference output '{}' for model '{model}'", quoted(name)))
+        })?;
+        if positions.contains(&position) {
+            return Err(Error::new(
+                Kind::InvalidInput,
+                format!("output '{name}' is requested more than once for model '{model}'"),
+            ));
+        }
+        positions.push(position);
+    }
+    Ok(positions)
+}
+
+/// `['a','b']`, as the well-known messages list names.
+fn name_list(names: &[&str]) -> String {
+    let names: Vec<String> = names.iter().map(|name| format!("'{name}'")).collect();
+    format!("[{}]", names.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::request::{Budget, BudgetConfig, ModelRef, Origin, Protocol};
+    use crate::tensor::{DataType, Dim};
+
+    fn spec(name: &str, dims: &[i64]) -> TensorSpec {
+        let dims = dims.iter().map(|d| usize::try_from(*d).map_or(Dim::Free(None), Dim::Fixed)).collect::<Vec<_>>();
+        TensorSpec { name: name.into(), dtype: DataType::Fp32, dims: Some(dims) }
+    }
+
+    fn signature(inputs: &[(&str, &[i64])]) -> Signature {
+        Signature {
+            inputs: inputs.iter().map(|(name, dims)| spec(name, dims)).collect(),
+            outputs: vec![spec("y", &[-1, 2]), spec("z", &[-1])],
+        }
+    }
+
+    fn tensor(dims: &[usize]) -> Tensor {
+        let shape = Shape::new(dims).unwrap();
+        let elements = vec![0f32; shape.elements()];
+        Tensor::from_vec(shape, elements).unwrap()
+    }
+
+    fn check_with(
+        inputs: Vec<(&str, Tensor)>,
+        outputs: &[&str],
+        signature: &Signature,
+        batching: Batching,
+    ) -> Result<Prepared> {
+        let permit = Budget::new(BudgetConfig::default()).admit(0, Instant::now()).unwrap();
+        let request = InferRequest {
+            id: String::new(),
+            model: ModelRef { name: "m".into(), version: None },
+            inputs: inputs.into_iter().map(|(name, tensor)| NamedTensor { name: Arc::from(name), tensor }).collect(),
+            outputs: outputs.iter().map(|name| name.to_string()).collect(),
+            timeout: None,
+            priority: Priority::default(),
+            route_key: None,
+            origin: Origin { protocol: Protocol::Http },
+        };
+        Prepared::check(request, &permit, signature, batching)
+    }
+
+    const BATCHED: Batching = Batching { enabled: true, max_batch_size: Some(4) };
+    const UNBATCHED: Batching = Batching { enabled: false, max_batch_size: None };
+
+    fn message(inputs: Vec<(&str, Tensor)>, signature: &Signature) -> String {
+        let error = check_with(inputs, &[], signature, BATCHED).unwrap_err();
+        assert_eq!(error.kind(), Kind::InvalidInput);
+        error.message().to_string()
+    }
+
+    #[test]
+    fn well_known_messages_are_verbatim() {
+        let one = signature(&[("x", &[-1, 4])]);
+        let two = signature(&[("a", &[-1, 4]), ("b", &[-1, 4])]);
+        assert_eq!(
+            message(vec![("x", tensor(&[1, 5]))], &one),
+            "unexpected shape for input 'x' for model 'm'. Expected [-1,4], got [1,5]"
+        );
+        let ints = Tensor::from_vec(Shape::new([1, 4]).unwrap(), vec![0i32; 4]).unwrap();
+        assert_eq!(
+            message(vec![("x", ints)], &one),
+            "inference input 'x' data-type is 'INT32', but model 'm' expects 'FP32'"
+        );
+        assert_eq!(
+            message(vec![("a", tensor(&[1, 4]))], &two),
+            "expected 2 inputs but got 1 inputs for model 'm'. Got input(s) ['a'], but missing required input(s) ['b']. \
+             Please provide all required input(s)."
+        );
+        assert_eq!(message(vec![("x", tensor(&[5, 4]))], &one), "inference request batch-size must be <= 4 for 'm'");
+        assert_eq!(
+            check_with(vec![("x", tensor(&[1, 4]))], &["q"], &one, BATCHED).unwrap_err().message(),
+            "unexpected inference output 'q' for model 'm'"
+        );
+    }
+
+    #[test]
+    fn positions_follow_the_signature_and_the_request() {
+        let two = signature(&[("a", &[-1, 4]), ("b", &[-1, 2])]);
+        let sent = vec![("b", tensor(&[3, 2])), ("a", tensor(&[3, 4]))];
+        let prepared = check_with(sent, &["z", "y"], &two, BATCHED).unwrap();
+        assert_eq!(prepared.inputs[0].shape().dims(), [3, 4]);
+        assert_eq!((prepared.rows, &prepared.outputs[..]), (3, &[1, 0][..]));
+    }
+
+    #[test]
+    fn rows_must_agree_only_where_they_are_rows() {
+        let two = signature(&[("a", &[-1, 4]), ("b", &[-1, 2])]);
+        let sent = || vec![("a", tensor(&[3, 4])), ("b", tensor(&[2, 2]))];
+        assert!(check_with(sent(), &[], &two, BATCHED).is_err());
+        assert_eq!(check_with(sent(), &[], &two, UNBATCHED).unwrap().rows, 1);
+        let empty = vec![("a", tensor(&[0, 4])), ("b", tensor(&[0, 2]))];
+        assert!(check_with(empty, &[], &two, BATCHED).is_err());
+    }
+
+    #[test]
+    fn duplicates_and_strangers_are_refused() {
+        let one = signature(&[("x", &[-1, 4])]);
+        let twice = vec![("x", tensor(&[1, 4])), ("x", tensor(&[1, 4]))];
+        assert!(message(twice, &one).contains("more than once"));
+        assert!(message(vec![("X", tensor(&[1, 4]))], &one).contains("expected ['x']"));
+        assert!(check_with(vec![("x", tensor(&[1, 4]))], &["y", "y"], &one, BATCHED).is_err());
+    }
+
+    #[test]
+    fn a_scalar_is_taken_as_one_element_too() {
+        let scalar = signature(&[("s", &[])]);
+        for dims in [&[][..], &[1]] {
+            let prepared = check_with(vec![("s", tensor(dims))], &[], &scalar, UNBATCHED).unwrap();
+            assert_eq!(prepared.inputs[0].shape().rank(), 0);
+        }
+        assert!(check_with(vec![("s", tensor(&[2]))], &[], &scalar, UNBATCHED).is_err());
+    }
+
+    #[test]
+    fn keys_are_the_free_extents() {
+        let ragged = signature(&[("ids", &[-1, -1, 3])]);
+        let prepared = check_with(vec![("ids", tensor(&[2, 7, 3]))], &[], &ragged, BATCHED).unwrap();
+        assert_eq!(*prepared.key, [7]);
+    }
+}
