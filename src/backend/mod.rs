@@ -1,0 +1,114 @@
+//! Inference engines behind three traits, split by ownership: [`Backend`] is process-wide, [`Model`] is one immutable
+//! loaded version, [`Instance`] is what one worker thread runs.
+//!
+//! Knows nothing of requests, protocols, metrics or async runtimes: tensors in, tensors out. Each engine's crate is
+//! named in that engine's file only; `onnx` reads model files without any engine.
+//!
+//! Threads: `load` and `instance` are slow and called on a loader thread; `run` is called on a worker thread that owns
+//! the instance. A panic in `run` costs the caller the instance, nothing else.
+
+mod batch;
+pub mod fake;
+pub mod onnx;
+pub mod onnxruntime;
+#[cfg(feature = "tract")]
+pub mod tract;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::tensor::{OutputKind, Signature, Tensor};
+
+pub use batch::{Batch, BatchInput};
+
+/// A model file in the server's private cache, with what the file says about itself.
+#[derive(Clone, Debug)]
+pub struct Artifact {
+    /// The ONNX file; external data lies beside it, in the same private folder.
+    pub path: PathBuf,
+    pub description: Arc<onnx::Description>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Device {
+    #[default]
+    Cpu,
+    /// A CUDA device by its number.
+    Cuda(u32),
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(id) => write!(f, "cuda:{id}"),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    pub device: Device,
+    /// Intra-op threads per instance; at least 1.
+    pub threads: usize,
+}
+
+/// One engine, as the process has it.
+pub trait Backend: Send + Sync {
+    /// `onnxruntime`, `tract`, `fake`: what `backend = "…"` in `model.toml` names, and the label `backend` in metrics.
+    fn name(&self) -> &'static str;
+
+    /// The engine's own version, for people: `1.31.1`.
+    fn version(&self) -> String;
+
+    /// Reads, checks and optimises a model. Slow.
+    fn load(&self, artifact: &Artifact, options: &LoadOptions) -> Result<Arc<dyn Model>, LoadError>;
+}
+
+/// One loaded version: immutable, shared by its instances.
+pub trait Model: Send + Sync {
+    /// Inputs and outputs in the order in which [`Instance::run`] takes and gives them.
+    fn signature(&self) -> &Signature;
+
+    /// What each output of the signature means, in the same order.
+    fn output_kinds(&self) -> &[OutputKind];
+
+    /// A new instance with the threads it was loaded for. May be slow.
+    fn instance(&self) -> Result<Box<dyn Instance>, LoadError>;
+
+    /// Whether another instance costs little memory.
+    fn instances_share_weights(&self) -> bool;
+
+    /// What a person should know about this load: outputs left out, a fallback taken.
+    fn warnings(&self) -> &[String];
+}
+
+/// What one worker thread runs. Not shared.
+pub trait Instance: Send {
+    /// Runs one batch and returns one tensor per output of the signature. An error fails the whole batch.
+    fn run(&mut self, batch: &Batch) -> Result<Vec<Tensor>, RunError>;
+}
+
+/// Why a model could not be loaded. Messages are for operators; they may name files by their registry name only.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LoadError {
+    /// The file is not a model this server can read, or reaches outside its folder.
+    #[error("{0}")]
+    BadModel(String),
+    /// The engine refuses or fails on this model, or is known to compute it wrongly.
+    #[error("{engine}: {message}")]
+    Engine { engine: &'static str, message: String },
+    /// The engine or the device is not there; the message says what to install or build.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+/// Why a run failed. Messages come from the engine and are shown to the client without paths.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RunError {
+    /// The engine blames the input (an index out of range). Only believed of a request that ran alone.
+    #[error("{0}")]
+    InvalidArgument(String),
+    #[error("{0}")]
+    Failed(String),
+}
