@@ -1,0 +1,228 @@
+//! Every observable fact, as a struct whose `emit` writes its metrics and, where an operator would want to know, one
+//! log line.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::{Info, Monitor, VersionMonitor, names};
+use crate::error::Kind;
+use crate::request::{Protocol, Timings, VersionId};
+
+/// The engine's end of every request that named a known model.
+pub struct RequestFinished<'a> {
+    /// `None`: refused before a version was chosen.
+    pub version: Option<&'a VersionMonitor>,
+    pub protocol: Protocol,
+    pub outcome: Result<&'a Timings, Kind>,
+    /// From admission.
+    pub duration: Duration,
+}
+
+impl RequestFinished<'_> {
+    pub fn emit(self, monitor: &Monitor) {
+        let RequestFinished { version, protocol, outcome, duration } = self;
+        match (version, outcome) {
+            (None, Ok(_)) => debug_assert!(false, "a request without a version cannot be answered"),
+            (None, Err(kind)) => RequestRefused { kind, protocol }.emit(monitor),
+            (Some(version), Ok(timings)) => {
+                version.handles.requests(protocol, None).increment(1);
+                version.handles.request_duration(protocol).record(duration.as_secs_f64());
+                version.handles.queue_duration().record(timings.queue.as_secs_f64());
+            }
+            (Some(version), Err(kind)) => {
+                version.handles.requests(protocol, Some(kind)).increment(1);
+                if kind == Kind::Internal {
+                    tracing::error!(
+                        model = %version.model, version = %version.version, protocol = protocol.label(),
+                        "request failed by a defect of the server"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// A request refused before a version was chosen: no label of it comes from the client.
+pub struct RequestRefused {
+    pub kind: Kind,
+    pub protocol: Protocol,
+}
+
+impl RequestRefused {
+    pub fn emit(self, monitor: &Monitor) {
+        monitor.refused[self.protocol as usize][self.kind as usize].increment(1);
+    }
+}
+
+/// What the server holds at the moment: told before a scrape.
+pub struct InFlight {
+    pub requests: usize,
+    /// Of request bodies.
+    pub bytes: usize,
+}
+
+impl InFlight {
+    pub fn emit(self, monitor: &Monitor) {
+        monitor.in_flight.set(self.requests as f64);
+        monitor.in_flight_bytes.set(self.bytes as f64);
+    }
+}
+
+/// One execution of a batch (also each rerun of a bisected one).
+pub struct BatchExecuted<'a> {
+    pub version: &'a VersionMonitor,
+    pub requests: usize,
+    pub rows: usize,
+    pub gather_and_compute: Duration,
+    pub split: Duration,
+    pub failed: bool,
+}
+
+impl BatchExecuted<'_> {
+    pub fn emit(self) {
+        let BatchExecuted { version, requests, rows, gather_and_compute, split, failed } = self;
+        let handles = &version.handles;
+        handles.executions.increment(1);
+        if failed {
+            handles.execution_failures.increment(1);
+        } else {
+            handles.inferences.increment(rows as u64);
+        }
+        handles.batch_size().record(rows as f64);
+        handles.compute_duration().record(gather_and_compute.as_secs_f64());
+        tracing::trace!(
+            model = %version.model, version = %version.version, requests, rows, failed,
+            gather_and_compute_us = gather_and_compute.as_micros(), split_us = split.as_micros(), "batch executed"
+        );
+    }
+}
+
+/// Requests and bytes waiting in a version's queue, after a change. Emitted in the order of the changes.
+pub struct QueueChanged<'a> {
+    pub version: &'a VersionMonitor,
+    pub requests: usize,
+    pub bytes: usize,
+}
+
+impl QueueChanged<'_> {
+    pub fn emit(self) {
+        self.version.queue_requests.store(self.requests, Ordering::Relaxed);
+        self.version.queue_bytes.store(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// A version is warm and takes requests from now on.
+pub struct VersionLoaded<'a> {
+    pub version: &'a VersionMonitor,
+    /// From the start of the load, warm-up included.
+    pub duration: Duration,
+    /// `sha256:<hex>` of the artifact.
+    pub digest: &'a str,
+    pub backend: &'a str,
+    pub backend_version: &'a str,
+    pub device: &'a str,
+    pub batching: bool,
+}
+
+impl VersionLoaded<'_> {
+    pub fn emit(self, monitor: &Monitor) {
+        let VersionLoaded { version, duration, digest, backend, backend_version, device, batching } = self;
+        *version.info() = Some(Info {
+            digest: digest.into(),
+            backend: backend.into(),
+            backend_version: backend_version.into(),
+            device: device.into(),
+            batching,
+            load: duration,
+        });
+        version.ready.store(true, Ordering::Relaxed);
+        monitor.loads_ok.increment(1);
+        tracing::info!(
+            model = %version.model, version = %version.version, digest, backend, backend_version, device, batching,
+            seconds = duration.as_secs_f64(), "version ready"
+        );
+    }
+}
+
+/// A version could not be loaded; others go on.
+pub struct VersionFailed<'a> {
+    pub model: &'a str,
+    pub version: VersionId,
+    pub reason: &'a str,
+    pub duration: Duration,
+}
+
+impl VersionFailed<'_> {
+    pub fn emit(self, monitor: &Monitor) {
+        monitor.loads_failed.increment(1);
+        tracing::warn!(
+            model = self.model, version = %self.version, reason = self.reason, seconds = self.duration.as_secs_f64(),
+            "version failed to load"
+        );
+    }
+}
+
+/// A version takes no more requests; what it has is still answered.
+pub struct VersionRetired<'a> {
+    pub version: &'a VersionMonitor,
+    pub reason: &'a str,
+}
+
+impl VersionRetired<'_> {
+    pub fn emit(self) {
+        self.version.ready.store(false, Ordering::Relaxed);
+        tracing::info!(
+            model = %self.version.model, version = %self.version.version, reason = self.reason, "version retired"
+        );
+    }
+}
+
+/// A version was found at run time not to be batchable: its requests run alone from now on.
+pub struct VersionDemoted<'a> {
+    pub version: &'a VersionMonitor,
+    pub reason: &'a str,
+}
+
+impl VersionDemoted<'_> {
+    pub fn emit(self) {
+        if let Some(info) = self.version.info().as_mut() {
+            info.batching = false;
+        }
+        tracing::warn!(
+            model = %self.version.model, version = %self.version.version, reason = self.reason,
+            "batching switched off for this version"
+        );
+    }
+}
+
+/// An inference engine is available and used.
+pub struct EngineChosen<'a> {
+    /// `onnxruntime`, `tract`.
+    pub backend: &'a str,
+    pub version: &'a str,
+    pub reason: &'a str,
+}
+
+impl EngineChosen<'_> {
+    pub fn emit(self, monitor: &Monitor) {
+        monitor.exporter.gauge(&names::ENGINE_INFO, &[self.backend, self.version]).set(1.0);
+        tracing::info!(backend = self.backend, version = self.version, reason = self.reason, "engine chosen");
+    }
+}
+
+/// The server has stopped; what it could not finish in time.
+pub struct Stopped {
+    pub connections_cut: usize,
+    pub jobs_abandoned: usize,
+}
+
+impl Stopped {
+    pub fn emit(self) {
+        let Stopped { connections_cut, jobs_abandoned } = self;
+        if connections_cut == 0 && jobs_abandoned == 0 {
+            tracing::info!("stopped; everything accepted was answered");
+        } else {
+            tracing::warn!(connections_cut, jobs_abandoned, "stopped before everything was answered");
+        }
+    }
+}
