@@ -1,0 +1,615 @@
+//! Behaviour of the whole scheduler on a scripted model whose runs are held and released by the test. Submitting is a
+//! future's first poll, so the order of arrival is the test's own; nothing here sleeps.
+
+use super::*;
+use crate::backend::{Batch, LoadError, RunError};
+use crate::monitor::Monitor;
+use crate::request::{Budget, BudgetConfig, VersionId};
+use crate::tensor::{DataType, Dim, OutputKind, Shape, Signature, TensorSpec};
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::AtomicUsize;
+use std::task::{Context, Poll, Waker};
+use std::thread::{self, ThreadId};
+
+/// Long enough never to decide a test that passes.
+const AGES: Duration = Duration::from_secs(60);
+
+const FAIL: f32 = -1.0;
+const INVALID: f32 = -2.0;
+const PANIC: f32 = -3.0;
+
+/// What the test sees and steers of its model.
+#[derive(Default)]
+struct Script {
+    state: Mutex<ScriptState>,
+    changed: Condvar,
+    made: AtomicUsize,
+    broken: AtomicBool,
+    short_batches: AtomicBool,
+    missing_output: AtomicBool,
+}
+
+#[derive(Default)]
+struct ScriptState {
+    held: bool,
+    inside: usize,
+    /// The values of each run, in order.
+    runs: Vec<Vec<f32>>,
+    threads: HashMap<ThreadId, String>,
+}
+
+impl Script {
+    /// Keeps every run from ending until released.
+    fn hold(&self) {
+        lock(&self.state).held = true;
+    }
+
+    fn release(&self) {
+        lock(&self.state).held = false;
+        self.changed.notify_all();
+    }
+
+    fn wait_for_runs_inside(&self, count: usize) {
+        let state = lock(&self.state);
+        drop(self.changed.wait_timeout_while(state, AGES, |state| state.inside != count).unwrap());
+        assert_eq!(lock(&self.state).inside, count);
+    }
+
+    fn runs(&self) -> Vec<Vec<f32>> {
+        lock(&self.state).runs.clone()
+    }
+
+    fn enter(&self, values: &[f32]) {
+        let mut state = lock(&self.state);
+        state.inside += 1;
+        state.runs.push(values.to_vec());
+        let thread = thread::current();
+        state.threads.insert(thread.id(), thread.name().unwrap_or_default().to_string());
+        self.changed.notify_all();
+        let mut state = self.changed.wait_while(state, |state| state.held).unwrap();
+        state.inside -= 1;
+        self.changed.notify_all();
+    }
+}
+
+/// One input `x` and two outputs of one FP32 per row: `double` and `half`.
+struct ScriptedModel {
+    script: Arc<Script>,
+    signature: Signature,
+}
+
+struct ScriptedInstance(Arc<Script>);
+
+fn spec(name: &str) -> TensorSpec {
+    TensorSpec { name: name.into(), dtype: DataType::Fp32, dims: Some(vec![Dim::Free(None), Dim::Fixed(1)]) }
+}
+
+impl Model for ScriptedModel {
+    fn signature(&self) -> &Signature {
+        &self.signature
+    }
+    fn output_kinds(&self) -> &[OutputKind] {
+        &[OutputKind::Values; 2]
+    }
+    fn instance(&self) -> Result<Box<dyn Instance>, LoadError> {
+        if self.script.broken.load(Ordering::SeqCst) {
+            return Err(LoadError::Engine { engine: "scripted", message: "out of memory".into() });
+        }
+        self.script.made.fetch_add(1, Ordering::SeqCst);
+        Ok(Box::new(ScriptedInstance(Arc::clone(&self.script))))
+    }
+    fn instances_share_weights(&self) -> bool {
+        true
+    }
+    fn warnings(&self) -> &[String] {
+        &[]
+    }
+}
+
+impl Instance for ScriptedInstance {
+    fn run(&mut self, batch: &Batch) -> Result<Vec<Tensor>, RunError> {
+        let input = batch.input(0);
+        let mut bytes = vec![0; input.byte_length()];
+        input.gather_into(&mut bytes);
+        let values: Vec<f32> = bytemuck::allocation::pod_collect_to_vec(&bytes);
+        self.0.enter(&values);
+        if values.contains(&PANIC) {
+            panic!("scripted");
+        }
+        if values.contains(&INVALID) {
+            return Err(RunError::InvalidArgument("index out of range".into()));
+        }
+        if values.contains(&FAIL) {
+            return Err(RunError::Failed("scripted failure".into()));
+        }
+        let lost = usize::from(values.len() > 1 && self.0.short_batches.load(Ordering::SeqCst));
+        let kept = &values[lost..];
+        let output = |factor: f32| tensor(&kept.iter().map(|value| value * factor).collect::<Vec<_>>());
+        let mut outputs = vec![output(2.0), output(0.5)];
+        outputs.truncate(if self.0.missing_output.load(Ordering::SeqCst) { 1 } else { 2 });
+        Ok(outputs)
+    }
+}
+
+fn tensor(values: &[f32]) -> Tensor {
+    Tensor::from_vec(Shape::new([values.len(), 1]).unwrap(), values.to_vec()).unwrap()
+}
+
+struct Bench {
+    script: Arc<Script>,
+    budget: Arc<Budget>,
+    gate: Arc<Gate>,
+    scheduler: Scheduler,
+}
+
+type Submitted<'a> = Pin<Box<dyn Future<Output = Result<Answer>> + Send + 'a>>;
+
+impl Bench {
+    fn new(config: Config) -> Bench {
+        let script = Arc::new(Script::default());
+        let signature = Signature { inputs: vec![spec("x")], outputs: vec![spec("double"), spec("half")] };
+        let model = Arc::new(ScriptedModel { script: Arc::clone(&script), signature });
+        let instance = model.instance().unwrap();
+        let monitor = Monitor::new().version("m".into(), VersionId::new(1).unwrap(), Vec::new());
+        let gate = Gate::new(4);
+        let scheduler = Scheduler::new("scripted/7", model, instance, config, Arc::clone(&gate), monitor);
+        let budget = Budget::new(BudgetConfig::default());
+        Bench { script, budget, gate, scheduler }
+    }
+
+    fn config() -> Config {
+        Config { linger: AGES, ..Config::default() }
+    }
+
+    fn prepared(values: &[f32]) -> Prepared {
+        Prepared {
+            inputs: vec![tensor(values)],
+            outputs: vec![0],
+            rows: values.len(),
+            key: Box::default(),
+            deadline: None,
+            priority: Priority::default(),
+        }
+    }
+
+    /// In the queue when this returns, if it is let in.
+    fn send(&self, prepared: Prepared) -> Submitted<'_> {
+        let permit = self.budget.admit(8, Instant::now()).unwrap();
+        let mut submitted: Submitted = Box::pin(self.scheduler.submit(prepared, permit));
+        match submitted.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Pending => submitted,
+            Poll::Ready(outcome) => Box::pin(std::future::ready(outcome)),
+        }
+    }
+
+    fn submit(&self, values: &[f32]) -> Submitted<'_> {
+        self.send(Self::prepared(values))
+    }
+
+    /// A request that has the worker's attention until the script is released.
+    fn occupy(&self) -> Submitted<'_> {
+        self.script.hold();
+        let first = self.submit(&[100.0]);
+        self.script.wait_for_runs_inside(1);
+        first
+    }
+
+    fn queued(&self) -> usize {
+        lock(&self.scheduler.shared.state).batcher.len()
+    }
+
+    /// Blocks until a worker's end has brought the state about.
+    fn wait_for_an_end(&self, reached: impl Fn(&State) -> bool) {
+        let state = lock(&self.scheduler.shared.state);
+        let ended = self.scheduler.shared.ended.wait_timeout_while(state, AGES, |state| !reached(state)).unwrap();
+        assert!(!ended.1.timed_out());
+    }
+
+    fn in_flight(&self) -> usize {
+        self.budget.requests()
+    }
+
+    fn join(&self) {
+        self.scheduler.join(Instant::now() + AGES).unwrap();
+        let state = lock(&self.scheduler.shared.state);
+        let counts =
+            [state.workers, state.resting, state.calls, state.heading, state.filling, state.returning, state.running];
+        assert_eq!((counts, state.growing), ([0; 7], false), "a count is off");
+        assert_eq!(state.slots, state.instances.len());
+    }
+}
+
+async fn done(submitted: Submitted<'_>) -> Result<Answer> {
+    tokio::time::timeout(AGES, submitted).await.expect("answered")
+}
+
+async fn values(submitted: Submitted<'_>) -> Vec<f32> {
+    done(submitted).await.unwrap().outputs[0].to_vec().unwrap()
+}
+
+async fn kind(submitted: Submitted<'_>) -> Kind {
+    done(submitted).await.unwrap_err().kind()
+}
+
+#[tokio::test]
+async fn eight_that_wait_run_as_one_batch_and_each_gets_its_own_rows() {
+    let bench = Bench::new(Bench::config());
+    let first = bench.occupy();
+    let waiting: Vec<_> = (1..=8).map(|i| bench.submit(&vec![i as f32; 1 + i % 3])).collect();
+    assert_eq!(bench.queued(), 8);
+    bench.script.release();
+    assert_eq!(values(first).await, [200.0]);
+    for (i, submitted) in (1..=8).zip(waiting) {
+        let answer = done(submitted).await.unwrap();
+        assert_eq!(answer.outputs[0].to_vec::<f32>().unwrap(), vec![2.0 * i as f32; 1 + i % 3]);
+        assert_eq!((answer.outputs.len(), answer.timings.batch_rows), (1, 17));
+        assert!(answer.timings.compute > Duration::ZERO);
+    }
+    assert_eq!(bench.script.runs().iter().map(Vec::len).collect::<Vec<_>>(), [1, 17]);
+    bench.join();
+    assert_eq!(bench.in_flight(), 0);
+}
+
+#[tokio::test]
+async fn requested_outputs_come_in_the_order_asked_for() {
+    let bench = Bench::new(Bench::config());
+    let first = bench.occupy();
+    let both = bench.send(Prepared { outputs: vec![1, 0], ..Bench::prepared(&[4.0, 8.0]) });
+    let half = bench.send(Prepared { outputs: vec![1], ..Bench::prepared(&[6.0]) });
+    bench.script.release();
+    done(first).await.unwrap();
+    let outputs = done(both).await.unwrap().outputs;
+    assert_eq!(outputs.iter().map(|o| o.to_vec::<f32>().unwrap()).collect::<Vec<_>>(), [[2.0, 4.0], [8.0, 16.0]]);
+    assert_eq!(values(half).await, [3.0]);
+}
+
+#[tokio::test]
+async fn a_large_request_runs_alone_and_an_unbatched_version_one_by_one() {
+    let bench = Bench::new(Config { preferred_rows: 4, ..Bench::config() });
+    let first = bench.occupy();
+    let sizes = [1, 9, 2, 2, 3];
+    let waiting: Vec<_> = sizes.iter().map(|rows| bench.submit(&vec![1.0; *rows])).collect();
+    bench.script.release();
+    done(first).await.unwrap();
+    for (submitted, rows) in waiting.into_iter().zip(sizes) {
+        assert_eq!(values(submitted).await, vec![2.0; rows]);
+    }
+    assert_eq!(bench.script.runs().iter().map(Vec::len).collect::<Vec<_>>(), [1, 1, 9, 4, 3]);
+
+    let bench = Bench::new(Config { batching: false, ..Bench::config() });
+    assert!(!bench.scheduler.batches());
+    let first = bench.occupy();
+    let waiting: Vec<_> = (0..3).map(|_| bench.submit(&[1.0])).collect();
+    bench.script.release();
+    for submitted in std::iter::once(first).chain(waiting) {
+        done(submitted).await.unwrap();
+    }
+    assert_eq!(bench.script.runs().len(), 4);
+}
+
+#[tokio::test]
+async fn keys_never_mix_and_priority_goes_first() {
+    let bench = Bench::new(Bench::config());
+    let first = bench.occupy();
+    let keyed = |key: usize, value| Prepared { key: [key].into(), ..Bench::prepared(&[value]) };
+    let mut waiting: Vec<_> =
+        [(1, 1.0), (2, 2.0), (1, 3.0)].into_iter().map(|(k, v)| bench.send(keyed(k, v))).collect();
+    waiting.push(bench.send(Prepared { priority: Priority::from_wire(1), ..keyed(2, 4.0) }));
+    bench.script.release();
+    for submitted in std::iter::once(first).chain(waiting) {
+        done(submitted).await.unwrap();
+    }
+    assert_eq!(bench.script.runs()[1..], [vec![4.0, 2.0], vec![1.0, 3.0]]);
+}
+
+#[tokio::test]
+async fn a_deadline_behind_a_held_run_is_answered_and_frees_the_place() {
+    let bench = Bench::new(Bench::config());
+    let first = bench.occupy();
+    let deadline = Some(Instant::now() + Duration::from_millis(50));
+    let late = bench.send(Prepared { deadline, ..Bench::prepared(&[1.0]) });
+    assert_eq!((bench.queued(), bench.in_flight()), (1, 2));
+    let error = done(late).await.unwrap_err();
+    assert_eq!((error.kind(), error.message()), (Kind::DeadlineExceeded, "Request timeout expired"));
+    assert_eq!((bench.queued(), bench.in_flight()), (0, 1));
+
+    // One that is running is answered in time too, finishes unheard, and keeps its permit until then.
+    drop(first);
+    assert_eq!(bench.in_flight(), 1);
+    let past = bench.send(Prepared { deadline: Some(Instant::now()), ..Bench::prepared(&[1.0]) });
+    assert_eq!(kind(past).await, Kind::DeadlineExceeded);
+    bench.script.release();
+    bench.join();
+    assert_eq!((bench.script.runs().len(), bench.in_flight()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_frees_its_place_and_its_permit_at_once() {
+    let bench = Bench::new(Bench::config());
+    let first = bench.occupy();
+    let mut waiting: Vec<_> = (0..3).map(|i| bench.submit(&[i as f32])).collect();
+    drop(waiting.remove(1));
+    assert_eq!((bench.queued(), bench.in_flight()), (2, 3));
+    bench.script.release();
+    for submitted in std::iter::once(first).chain(waiting) {
+        done(submitted).await.unwrap();
+    }
+    assert_eq!(bench.script.runs()[1..], [vec![0.0, 2.0]]);
+}
+
+#[tokio::test]
+async fn one_poisonous_request_among_32_fails_alone() {
+    for (poison, expected) in [
+        (FAIL, (Kind::BackendFailed, "scripted failure")),
+        (INVALID, (Kind::InvalidInput, "index out of range")),
+        (PANIC, (Kind::BackendFailed, "the backend panicked")),
+    ] {
+        for place in [0, 13, 31] {
+            let bench = Bench::new(Bench::config());
+            let first = bench.occupy();
+            let waiting: Vec<_> =
+                (0..32).map(|i| bench.submit(&[if i == place { poison } else { i as f32 }])).collect();
+            bench.script.release();
+            done(first).await.unwrap();
+            for (i, submitted) in waiting.into_iter().enumerate() {
+                match done(submitted).await {
+                    Ok(answer) => assert_eq!(answer.outputs[0].to_vec::<f32>().unwrap(), [2.0 * i as f32]),
+                    Err(error) => assert_eq!((i, (error.kind(), error.message())), (place, expected)),
+                }
+            }
+            assert_eq!(bench.script.runs().len(), 2 + 2 * 5, "halves of 16, 8, 4, 2 and 1");
+            assert_eq!(values(bench.submit(&[5.0])).await, [10.0]);
+            bench.join();
+        }
+    }
+}
+
+#[tokio::test]
+async fn when_the_extra_runs_are_used_up_the_rest_fail_and_say_so() {
+    let bench = Bench::new(Config { max_bisect_runs: 3, ..Bench::config() });
+    let first = bench.occupy();
+    let waiting: Vec<_> = (0..8).map(|i| bench.submit(&[if i == 0 { INVALID } else { i as f32 }])).collect();
+    bench.script.release();
+    done(first).await.unwrap();
+    let mut outcomes = Vec::new();
+    for submitted in waiting {
+        outcomes.push(done(submitted).await.map(|_| ()).map_err(|error| {
+            assert!(error.message().contains("not found in 3 runs"), "{error}");
+            error.kind()
+        }));
+    }
+    // Eight fail, four of them fail, the other four pass, two of the failed run once more and fail.
+    let unresolved = Err(Kind::BackendFailed);
+    assert_eq!(outcomes, [[unresolved; 4], [Ok(()); 4]].concat());
+    assert_eq!(bench.script.runs().len(), 1 + 1 + 3);
+}
+
+#[tokio::test]
+async fn a_panic_costs_the_instance_which_is_made_again() {
+    let bench = Bench::new(Bench::config());
+    assert_eq!(kind(bench.submit(&[PANIC])).await, Kind::BackendFailed);
+    assert_eq!(values(bench.submit(&[1.0])).await, [2.0]);
+    assert_eq!(bench.script.made.load(Ordering::SeqCst), 2);
+
+    bench.script.broken.store(true, Ordering::SeqCst);
+    assert_eq!(kind(bench.submit(&[PANIC])).await, Kind::BackendFailed);
+    let error = done(bench.submit(&[1.0])).await.unwrap_err();
+    assert_eq!((error.kind(), error.message()), (Kind::BackendFailed, "`scripted/7` has no working instance"));
+    assert_eq!(bench.script.runs().len(), 3, "without an instance nothing ran");
+    bench.script.broken.store(false, Ordering::SeqCst);
+    assert_eq!(values(bench.submit(&[1.0])).await, [2.0]);
+    bench.join();
+}
+
+#[tokio::test]
+async fn a_worker_that_left_without_an_instance_is_replaced() {
+    let bench = Bench::new(Config { linger: Duration::ZERO, ..Bench::config() });
+    bench.script.broken.store(true, Ordering::SeqCst);
+    assert_eq!(kind(bench.submit(&[PANIC])).await, Kind::BackendFailed);
+    assert_eq!(kind(bench.submit(&[1.0])).await, Kind::BackendFailed);
+    bench.script.broken.store(false, Ordering::SeqCst);
+    assert_eq!(values(bench.submit(&[1.0])).await, [2.0]);
+    bench.join();
+}
+
+#[tokio::test]
+async fn outputs_that_are_not_by_rows_demote_the_version() {
+    let bench = Bench::new(Bench::config());
+    bench.script.short_batches.store(true, Ordering::SeqCst);
+    assert!(bench.scheduler.batches());
+    let first = bench.occupy();
+    let waiting: Vec<_> = (0..3).map(|i| bench.submit(&[i as f32])).collect();
+    bench.script.release();
+    done(first).await.unwrap();
+    for (i, submitted) in waiting.into_iter().enumerate() {
+        assert_eq!(values(submitted).await, [2.0 * i as f32]);
+    }
+    assert!(!bench.scheduler.batches());
+    assert_eq!(bench.script.runs().iter().map(Vec::len).collect::<Vec<_>>(), [1, 3, 1, 1, 1]);
+
+    let first = bench.occupy();
+    let waiting: Vec<_> = (0..3).map(|i| bench.submit(&[i as f32])).collect();
+    bench.script.release();
+    for submitted in std::iter::once(first).chain(waiting) {
+        done(submitted).await.unwrap();
+    }
+    assert_eq!(bench.script.runs()[5..].iter().map(Vec::len).collect::<Vec<_>>(), [1, 1, 1, 1]);
+    // A lone request's outputs are its own, whatever their rows.
+    assert_eq!(values(bench.submit(&[1.0, 2.0])).await, [4.0]);
+}
+
+#[tokio::test]
+async fn a_backend_that_leaves_out_an_output_fails() {
+    let bench = Bench::new(Bench::config());
+    bench.script.missing_output.store(true, Ordering::SeqCst);
+    let error = done(bench.submit(&[1.0])).await.unwrap_err();
+    assert_eq!((error.kind(), error.message()), (Kind::BackendFailed, "the backend gave 1 outputs, expected 2"));
+}
+
+#[tokio::test]
+async fn over_the_queue_is_refused_and_leaves_nothing_behind() {
+    let bench = Bench::new(Config { max_queue_requests: 2, max_queue_bytes: 100, ..Bench::config() });
+    let first = bench.occupy();
+    let waiting = [bench.submit(&[1.0; 20]), bench.submit(&[2.0])];
+    assert_eq!(kind(bench.submit(&[3.0])).await, Kind::Overloaded);
+    let [large, small] = waiting;
+    drop(small);
+    let error = done(bench.submit(&[4.0; 6])).await.unwrap_err();
+    assert!(error.kind() == Kind::Overloaded && error.message().starts_with("Exceeds maximum queue size"), "{error}");
+    let fits = bench.submit(&[4.0; 5]);
+    assert_eq!((bench.queued(), bench.in_flight()), (2, 3));
+    bench.script.release();
+    for submitted in [first, large, fits] {
+        done(submitted).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn closed_serves_what_is_queued_and_refuses_what_comes() {
+    let bench = Bench::new(Bench::config());
+    let first = bench.occupy();
+    let queued = bench.submit(&[1.0]);
+    bench.scheduler.close();
+    assert_eq!(kind(bench.submit(&[2.0])).await, Kind::NotReady);
+    assert_eq!(bench.scheduler.join(Instant::now()), Err(2), "one runs, one waits");
+    bench.script.release();
+    assert_eq!((values(first).await, values(queued).await), (vec![200.0], vec![2.0]));
+    bench.join();
+    bench.join();
+    let Bench { script, scheduler, .. } = bench;
+    assert_eq!(Arc::strong_count(&scheduler.shared), 1, "no thread is left");
+    drop(scheduler);
+    assert_eq!(Arc::strong_count(&script), 1, "no instance is left");
+}
+
+#[tokio::test]
+async fn a_dropped_scheduler_lets_its_threads_go() {
+    let Bench { script, scheduler, budget, gate } = Bench::new(Bench::config());
+    let permit = budget.admit(0, Instant::now()).unwrap();
+    scheduler.submit(Bench::prepared(&[1.0]), permit).await.unwrap();
+    drop((scheduler, gate));
+    // The resting thread holds model and instance until it has noticed.
+    let since = Instant::now();
+    while Arc::strong_count(&script) > 1 && since.elapsed() < AGES {
+        thread::yield_now();
+    }
+    assert_eq!(Arc::strong_count(&script), 1);
+}
+
+#[tokio::test]
+async fn an_idle_version_has_no_thread_and_comes_back() {
+    let bench = Bench::new(Config { linger: Duration::ZERO, ..Bench::config() });
+    for _ in 0..3 {
+        assert_eq!(values(bench.submit(&[1.0])).await, [2.0]);
+        bench.wait_for_an_end(|state| state.workers == 0 && state.instances.len() == 1 && state.slots == 1);
+    }
+    assert_eq!(bench.script.made.load(Ordering::SeqCst), 1, "the instance was kept");
+    let threads = lock(&bench.script.state).threads.clone();
+    assert!(threads.len() == 3 && threads.values().all(|name| name == "scripted/7#0"), "{threads:?}");
+}
+
+#[tokio::test]
+async fn instances_are_added_as_load_asks_for_them() {
+    let bench = Bench::new(Config { instances: 3, preferred_rows: 1, ..Bench::config() });
+    for _ in 0..5 {
+        values(bench.submit(&[1.0])).await;
+    }
+    assert_eq!(bench.script.made.load(Ordering::SeqCst), 1, "one is enough for one caller");
+    bench.script.hold();
+    let mut waiting = Vec::new();
+    for inside in 1..=3 {
+        waiting.push(bench.submit(&[1.0]));
+        bench.script.wait_for_runs_inside(inside);
+    }
+    waiting.push(bench.submit(&[1.0]));
+    assert_eq!((bench.queued(), bench.script.made.load(Ordering::SeqCst)), (1, 3));
+    bench.script.release();
+    for submitted in waiting {
+        done(submitted).await.unwrap();
+    }
+    bench.join();
+}
+
+#[tokio::test]
+async fn a_version_makes_do_with_the_instances_it_has() {
+    let bench = Bench::new(Config { instances: 3, preferred_rows: 1, ..Bench::config() });
+    bench.script.broken.store(true, Ordering::SeqCst);
+    let first = bench.occupy();
+    let second = bench.submit(&[1.0]);
+    bench.wait_for_an_end(|state| state.max_slots == 1);
+    bench.script.release();
+    for submitted in [first, second] {
+        done(submitted).await.unwrap();
+    }
+    bench.join();
+}
+
+#[tokio::test]
+async fn batches_fill_while_the_gate_is_busy() {
+    let bench = Bench::new(Bench::config());
+    let all = bench.gate.acquire(usize::MAX);
+    let waiting: Vec<_> = (0..8).map(|i| bench.submit(&[i as f32])).collect();
+    drop(all);
+    for submitted in waiting {
+        done(submitted).await.unwrap();
+    }
+    assert_eq!(bench.script.runs().len(), 1);
+}
+
+#[tokio::test]
+async fn with_a_delay_a_batch_waits_until_it_is_full_due_or_closed() {
+    let bench = Bench::new(Config { preferred_rows: 2, max_delay: batcher::MAX_DELAY, ..Bench::config() });
+    let pair = [bench.submit(&[1.0]), bench.submit(&[2.0])];
+    for submitted in pair {
+        done(submitted).await.unwrap();
+    }
+    assert_eq!(bench.script.runs(), [[1.0, 2.0]]);
+    let alone = bench.submit(&[3.0]);
+    bench.scheduler.close();
+    assert_eq!(values(alone).await, [6.0]);
+    bench.join();
+
+    let bench = Bench::new(Config { max_delay: Duration::from_millis(5), ..Bench::config() });
+    let answer = done(bench.submit(&[1.0])).await.unwrap();
+    assert!(answer.timings.queue >= Duration::from_millis(5));
+    bench.join();
+}
+
+/// Callers that come, wait, leave and are poisonous at random, on several instances: every one gets its own answer,
+/// nothing is left, and no count is off.
+#[test]
+fn nobody_gets_anothers_rows_under_load() {
+    const CALLERS: usize = 16;
+    const REQUESTS: usize = 400;
+    let bench = Bench::new(Config { instances: 3, preferred_rows: 8, ..Bench::config() });
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
+    thread::scope(|scope| {
+        for caller in 0..CALLERS {
+            let (bench, handle) = (&bench, runtime.handle().clone());
+            scope.spawn(move || {
+                handle.block_on(async {
+                    for i in 0..REQUESTS {
+                        let own = (caller * REQUESTS + i) as f32;
+                        let rows = 1 + (caller + i) % 3;
+                        if i % 11 == 3 {
+                            drop(bench.submit(&vec![own; rows]));
+                        } else if i % 37 == 5 {
+                            assert_eq!(kind(Box::pin(submit(bench, &[FAIL]))).await, Kind::BackendFailed);
+                        } else {
+                            assert_eq!(values(Box::pin(submit(bench, &vec![own; rows]))).await, vec![2.0 * own; rows]);
+                        }
+                    }
+                });
+            });
+        }
+    });
+    bench.join();
+    assert_eq!((bench.queued(), bench.in_flight()), (0, 0));
+}
+
+async fn submit(bench: &Bench, values: &[f32]) -> Result<Answer> {
+    let permit = bench.budget.admit(0, Instant::now())?;
+    bench.scheduler.submit(Bench::prepared(values), permit).await
+}

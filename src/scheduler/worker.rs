@@ -1,0 +1,456 @@
+//! The worker thread: waits for work, takes its turn at the compute gate, seals a batch at the last moment, runs it,
+//! splits the outputs and replies.
+//!
+//! Owns one instance while it lives. A failed batch is bisected by request; a panic costs the instance, which is made
+//! anew. Never holds the state's lock while it waits for the gate, runs, replies or records.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use super::batcher::{Poll, Readiness};
+use super::{Answer, Job, Shared, State, expired, lock};
+use crate::backend::{Batch, Instance, RunError};
+use crate::error::{Error, Kind};
+use crate::monitor::events::BatchExecuted;
+use crate::request::Timings;
+use crate::tensor::Tensor;
+
+/// What Linux keeps of a thread's name.
+const MAX_THREAD_NAME_BYTES: usize = 15;
+
+struct Worker {
+    shared: Arc<Shared>,
+    /// `None` after a panic, until it has been made anew.
+    instance: Option<Box<dyn Instance>>,
+    /// Counted in `State::heading`.
+    heading: bool,
+    /// Counted in `State::returning`.
+    returning: bool,
+    /// Counted in `State::running`.
+    running: usize,
+    /// Whole outputs of this turn's runs, for the monitor.
+    executed: Vec<Vec<Tensor>>,
+}
+
+/// What a run did for its jobs.
+enum Outcome {
+    Answered,
+    Failed(Vec<Job>, RunError),
+    /// The outputs cannot be told apart by rows.
+    NotByRows(Vec<Job>),
+}
+
+impl Shared {
+    /// Starts a worker: with an instance of one that has ended, or to make the only instance again, or to make one
+    /// more while the others work. Starts none where there are as many as there may be, or where another is about to
+    /// be free: one caller that sends request after request is no reason for a second instance.
+    pub(super) fn start_worker(self: &Arc<Self>, state: &mut State) {
+        let instance = state.instances.pop();
+        let grow = instance.is_none() && state.slots > 0;
+        if grow && (state.growing || state.returning > 0 || state.closed || state.slots >= state.max_slots) {
+            return;
+        }
+        let (heading, new_slot) = (!grow, instance.is_none());
+        let name = thread_name(&self.name, state.workers);
+        let shared = Arc::clone(self);
+        let begin = move || {
+            let worker = Worker { shared, instance, heading, returning: false, running: 0, executed: Vec::new() };
+            worker.work(grow);
+        };
+        match thread::Builder::new().name(name).spawn(begin) {
+            Ok(handle) => {
+                state.workers += 1;
+                state.heading += usize::from(heading);
+                state.slots += usize::from(new_slot);
+                state.growing |= grow;
+                state.handles.retain(|handle| !handle.is_finished());
+                state.handles.push(handle);
+            }
+            Err(error) => {
+                tracing::error!(version = &*self.name, %error, "cannot start a worker thread");
+                // The instance went with the thread that never was; it is made again when there are threads again.
+                state.slots -= usize::from(!new_slot);
+                self.refuse_if_deserted(state);
+            }
+        }
+    }
+
+    /// Without a worker nobody would ever answer.
+    fn refuse_if_deserted(&self, state: &mut State) {
+        if state.workers > 0 {
+            return;
+        }
+        for job in state.batcher.drain() {
+            job.reject(Error::new(Kind::Overloaded, "no worker thread can be started"));
+        }
+        self.emit_queue(state);
+    }
+
+    /// A new instance; a panic of the engine is an error like any other.
+    fn make_instance(&self) -> Result<Box<dyn Instance>, String> {
+        match catch_unwind(AssertUnwindSafe(|| self.model.instance())) {
+            Ok(made) => made.map_err(|error| error.to_string()),
+            Err(panic) => Err(format!("panic: {}", panic_text(&*panic))),
+        }
+    }
+}
+
+impl Worker {
+    fn work(mut self, grow: bool) {
+        if grow && !self.grow() {
+            return;
+        }
+        let (gate, threads) = (Arc::clone(&self.shared.gate), self.shared.config.threads);
+        while self.find_work() {
+            let turn = gate.acquire(threads);
+            let jobs = self.take();
+            self.serve(jobs);
+            drop(turn);
+            self.record();
+        }
+    }
+
+    /// Makes one more instance. If that fails, the version makes do with those it has.
+    fn grow(&mut self) -> bool {
+        let made = self.shared.make_instance();
+        let mut state = lock(&self.shared.state);
+        state.growing = false;
+        match made {
+            Ok(instance) => {
+                self.instance = Some(instance);
+                true
+            }
+            Err(error) => {
+                // This worker's own slot goes when it ends.
+                state.max_slots = state.slots - 1;
+                let instances = state.max_slots;
+                drop(state);
+                tracing::warn!(version = &*self.shared.name, error, instances, "cannot make another instance");
+                false
+            }
+        }
+    }
+
+    /// Waits until there is a batch to take. False: this worker is not needed any more.
+    fn find_work(&mut self) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let mut state = lock(&shared.state);
+        state.running -= std::mem::take(&mut self.running);
+        state.returning -= usize::from(std::mem::take(&mut self.returning));
+        loop {
+            match state.batcher.readiness(Instant::now()) {
+                Readiness::Ready => {
+                    self.set_heading(&mut state, true);
+                    return true;
+                }
+                Readiness::At(due) => {
+                    self.set_heading(&mut state, true);
+                    state = wait_to_fill(&shared, state, due);
+                }
+                Readiness::Idle => {
+                    self.set_heading(&mut state, false);
+                    if state.closed {
+                        return false;
+                    }
+                    match self.rest(&shared, state) {
+                        Some(called) => state = called,
+                        None => return false,
+                    }
+                }
+            }
+        }
+    }
+
+    /// Rests until called or closed; `None` once it has lingered long enough.
+    fn rest<'a>(&mut self, shared: &'a Shared, mut state: MutexGuard<'a, State>) -> Option<MutexGuard<'a, State>> {
+        let since = Instant::now();
+        state.resting += 1;
+        loop {
+            if state.calls > 0 {
+                // Whoever called has counted this worker as heading, and no longer as resting.
+                state.calls -= 1;
+                self.heading = true;
+                return Some(state);
+            }
+            let left = shared.config.linger.saturating_sub(since.elapsed());
+            if state.closed || left.is_zero() {
+                state.resting -= 1;
+                return state.closed.then_some(state);
+            }
+            (state, _) = shared.work.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn set_heading(&mut self, state: &mut State, heading: bool) {
+        state.heading = state.heading + usize::from(heading) - usize::from(self.heading);
+        self.heading = heading;
+    }
+
+    /// Callers that hear their answer may send the next request before this worker is back.
+    fn set_returning(&mut self) {
+        if !std::mem::replace(&mut self.returning, true) {
+            lock(&self.shared.state).returning += 1;
+        }
+    }
+
+    /// Seals a batch. Empty if another worker or the callers' leaving was faster.
+    fn take(&mut self) -> Vec<Job> {
+        let shared = Arc::clone(&self.shared);
+        let mut state = lock(&shared.state);
+        let polled = state.batcher.poll(Instant::now());
+        if let Poll::Batch(entries) = &polled {
+            self.running = entries.len();
+            state.running += entries.len();
+            shared.emit_queue(&state);
+        }
+        self.set_heading(&mut state, false);
+        let call = shared.summon(&mut state);
+        drop(state);
+        if call {
+            shared.work.notify_one();
+        }
+        match polled {
+            Poll::Batch(entries) => entries.into_iter().map(|entry| entry.item).collect(),
+            Poll::Wait(_) | Poll::Idle => Vec::new(),
+        }
+    }
+
+    /// Answers every job. A failed group of several is halved until the requests at fault stand alone, larger groups
+    /// first, so that when the extra runs are used up most of the others have been answered.
+    fn serve(&mut self, jobs: Vec<Job>) {
+        let mut spare_runs = self.shared.config.max_bisect_runs;
+        let mut groups = VecDeque::from([jobs]);
+        while let Some(group) = groups.pop_front() {
+            if let Err(error) = self.ensure_instance() {
+                let rest = groups.drain(..).flatten();
+                group.into_iter().chain(rest).for_each(|job| job.reject(error.clone()));
+                return;
+            }
+            match self.run(group) {
+                Outcome::Answered => {}
+                Outcome::NotByRows(group) => {
+                    self.shared.demote();
+                    groups.extend(group.into_iter().map(|job| vec![job]));
+                }
+                Outcome::Failed(mut group, error) if group.len() == 1 => {
+                    self.set_returning();
+                    group.drain(..).for_each(|job| job.reject(blame(&error)));
+                }
+                Outcome::Failed(mut first, _) => {
+                    let second = first.split_off(first.len() / 2);
+                    for half in [first, second] {
+                        match spare_runs.checked_sub(1) {
+                            Some(left) => {
+                                spare_runs = left;
+                                groups.push_back(half);
+                            }
+                            None => half.into_iter().for_each(|job| job.reject(self.unresolved())),
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn ensure_instance(&mut self) -> Result<(), Error> {
+        if self.instance.is_none() {
+            let made = self.shared.make_instance().map_err(|error| {
+                tracing::error!(version = &*self.shared.name, error, "cannot make an instance");
+                Error::new(Kind::BackendFailed, format!("`{}` has no working instance", self.shared.name))
+            })?;
+            self.instance = Some(made);
+        }
+        Ok(())
+    }
+
+    /// Runs those jobs whose callers still wait, together, once.
+    fn run(&mut self, jobs: Vec<Job>) -> Outcome {
+        let started = Instant::now();
+        let jobs = still_waiting(jobs, started);
+        if jobs.is_empty() {
+            return Outcome::Answered;
+        }
+        let (requests, rows) = (jobs.len(), jobs.iter().map(|job| job.rows).sum());
+        let result = self.run_engine(&jobs);
+        let ran = Instant::now();
+        let parts = result.map(|outputs| (split(&outputs, &jobs), outputs));
+        let split = ran.elapsed();
+        let compute = ran - started;
+        let failed = !matches!(parts, Ok((Some(_), _)));
+        let outcome = match parts {
+            Err(error) => Outcome::Failed(jobs, error),
+            Ok((None, _)) => Outcome::NotByRows(jobs),
+            Ok((Some(parts), outputs)) => {
+                let timings = Timings { compute, split, batch_rows: rows, ..Timings::default() };
+                self.set_returning();
+                reply(jobs, parts, started, timings);
+                self.executed.push(outputs);
+                Outcome::Answered
+            }
+        };
+        let version = &self.shared.monitor;
+        BatchExecuted { version, requests, rows, gather_and_compute: compute, split, failed }.emit();
+        outcome
+    }
+
+    /// One run. A panic costs the instance.
+    fn run_engine(&mut self, jobs: &[Job]) -> Result<Vec<Tensor>, RunError> {
+        let Some(mut instance) = self.instance.take() else {
+            return Err(RunError::Failed("the version has no instance".into()));
+        };
+        let inputs: Vec<&[Tensor]> = jobs.iter().map(|job| job.inputs.as_slice()).collect();
+        let outputs = match catch_unwind(AssertUnwindSafe(|| instance.run(&Batch::new(&inputs)))) {
+            Ok(result) => {
+                self.instance = Some(instance);
+                result?
+            }
+            Err(panic) => {
+                let panic = panic_text(&*panic);
+                tracing::error!(version = &*self.shared.name, panic, "the backend panicked; its instance is made anew");
+                return Err(RunError::Failed("the backend panicked".into()));
+            }
+        };
+        let (found, expected) = (outputs.len(), self.shared.model.signature().outputs.len());
+        if found != expected {
+            return Err(RunError::Failed(format!("the backend gave {found} outputs, expected {expected}")));
+        }
+        Ok(outputs)
+    }
+
+    /// Hands this turn's outputs to the monitor, when every caller has its answer and the gate is free again.
+    fn record(&mut self) {
+        for outputs in self.executed.drain(..) {
+            self.shared.monitor.fold(&outputs);
+        }
+    }
+
+    /// Says nothing of the engine's message, which may tell of another caller's data.
+    fn unresolved(&self) -> Error {
+        let runs = self.shared.config.max_bisect_runs;
+        let message = format!("the batch failed, and which of its requests is at fault was not found in {runs} runs");
+        Error::new(Kind::BackendFailed, message)
+    }
+}
+
+impl Drop for Worker {
+    /// Leaves the instance to the next worker. Runs on a panic too, so that the version never counts on a dead worker.
+    fn drop(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let instance = self.instance.take().filter(|_| !thread::panicking());
+        let mut state = lock(&shared.state);
+        self.set_heading(&mut state, false);
+        state.running -= self.running;
+        state.returning -= usize::from(self.returning);
+        state.workers -= 1;
+        match instance {
+            Some(instance) => state.instances.push(instance),
+            None => state.slots -= 1,
+        }
+        let call = shared.summon(&mut state);
+        drop(state);
+        if call {
+            shared.work.notify_one();
+        }
+        shared.ended.notify_all();
+    }
+}
+
+impl Job {
+    fn reject(self, error: Error) {
+        // A caller that has left hears nothing.
+        let _ = self.reply.send(Err(error));
+    }
+}
+
+fn wait_to_fill<'a>(shared: &Shared, mut state: MutexGuard<'a, State>, due: Instant) -> MutexGuard<'a, State> {
+    let left = due.saturating_duration_since(Instant::now());
+    state.filling += 1;
+    let (mut state, _) = shared.filling.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+    state.filling -= 1;
+    state
+}
+
+/// Leaves out jobs whose callers have left or whose time is up: nothing is run for nobody.
+fn still_waiting(jobs: Vec<Job>, now: Instant) -> Vec<Job> {
+    let waits = |job: Job| {
+        if job.deadline.is_some_and(|deadline| deadline <= now) {
+            job.reject(expired());
+            return None;
+        }
+        (!job.reply.is_closed()).then_some(job)
+    };
+    jobs.into_iter().filter_map(waits).collect()
+}
+
+/// `parts[o][j]`: output `o` of job `j`. `None` where several jobs cannot be told apart by rows. A lone job's outputs
+/// are its own, whatever their shapes.
+fn split(outputs: &[Tensor], jobs: &[Job]) -> Option<Vec<Vec<Tensor>>> {
+    if jobs.len() == 1 {
+        return Some(outputs.iter().map(|output| vec![output.clone()]).collect());
+    }
+    let rows: Vec<usize> = jobs.iter().map(|job| job.rows).collect();
+    outputs.iter().map(|output| output.split_rows(&rows)).collect()
+}
+
+fn reply(jobs: Vec<Job>, parts: Vec<Vec<Tensor>>, started: Instant, timings: Timings) {
+    for (place, job) in jobs.into_iter().enumerate() {
+        let Job { outputs, submitted, permit, reply, .. } = job;
+        let outputs = outputs.iter().map(|position| parts[*position][place].clone()).collect();
+        let timings = Timings { queue: started.saturating_duration_since(submitted), ..timings };
+        // A caller that has left hears nothing.
+        let _ = reply.send(Ok(Answer { outputs, timings, permit }));
+    }
+}
+
+/// What a request that failed alone is told.
+fn blame(error: &RunError) -> Error {
+    match error {
+        RunError::InvalidArgument(message) => Error::invalid(message.clone()),
+        RunError::Failed(message) => Error::new(Kind::BackendFailed, message.clone()),
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
+}
+
+/// `model/version#index`, the model's name cut so that the rest stays whole where it can.
+fn thread_name(version: &str, index: usize) -> String {
+    let (model, version) = version.rsplit_once('/').unwrap_or((version, ""));
+    let end = format!("/{version}#{index}");
+    let mut name = cut(model, MAX_THREAD_NAME_BYTES.saturating_sub(end.len())).to_string();
+    name.push_str(&end);
+    // A NUL in a thread's name would panic.
+    name.retain(|c| !c.is_control());
+    cut(&name, MAX_THREAD_NAME_BYTES).to_string()
+}
+
+fn cut(text: &str, max_bytes: usize) -> &str {
+    &text[..text.floor_char_boundary(max_bytes)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thread_names_keep_version_and_index() {
+        for (version, index, expected) in [
+            ("digits/1", 0, "digits/1#0"),
+            ("sentiment-analysis/12", 3, "sentiment-/12#3"),
+            ("größen-modell/1", 10, "größen-m/1#10"),
+            ("ééééééé/1", 0, "ééééé/1#0"),
+            ("m/12345678901234567890", 0, "/12345678901234"),
+            ("no\0version", 0, "noversion/#0"),
+        ] {
+            let name = thread_name(version, index);
+            assert!(name.len() <= MAX_THREAD_NAME_BYTES, "{name}");
+            assert_eq!(name, expected);
+        }
+    }
+}
