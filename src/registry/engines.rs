@@ -1,0 +1,177 @@
+//! Which inference engines this process has, and which of them a model gets.
+//!
+//! Engines are chosen by presence only: a model that its engine refuses fails, rather than quietly changing engines.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::model_config::BackendChoice;
+use crate::backend::Backend;
+use crate::backend::onnxruntime::OnnxRuntime;
+
+/// Where to look for engines. Paths come from the configuration and the environment, read elsewhere.
+#[derive(Clone, Debug, Default)]
+pub struct EnginesConfig {
+    pub choice: EngineChoice,
+    /// ONNX Runtime's library, as configured.
+    pub library: Option<PathBuf>,
+    /// The value of `ORT_DYLIB_PATH`.
+    pub library_variable: Option<PathBuf>,
+    /// The folder of the server's binary.
+    pub exe_dir: Option<PathBuf>,
+}
+
+/// What models without a `backend` of their own run on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// onnxruntime where its library is found and loads, else tract.
+    #[default]
+    Auto,
+    /// An absent library is an error.
+    OnnxRuntime,
+    /// The library is not even looked for.
+    Tract,
+}
+
+impl EngineChoice {
+    pub fn parse(text: &str) -> Option<EngineChoice> {
+        match text {
+            "auto" => Some(EngineChoice::Auto),
+            "onnxruntime" => Some(EngineChoice::OnnxRuntime),
+            "tract" => Some(EngineChoice::Tract),
+            _ => None,
+        }
+    }
+}
+
+/// The engines at hand.
+#[derive(Clone)]
+pub struct Engines {
+    pub onnxruntime: Option<Arc<dyn Backend>>,
+    pub tract: Option<Arc<dyn Backend>>,
+    /// Why onnxruntime is or is not there. Shown to clients: names no folder.
+    pub onnxruntime_reason: String,
+    /// The same for the operator, with the places looked at.
+    pub details: String,
+}
+
+/// An engine for one model, and why this one.
+pub struct Chosen {
+    pub backend: Arc<dyn Backend>,
+    pub reason: String,
+}
+
+impl Engines {
+    /// Looks for ONNX Runtime's library and loads it. The error says what was asked for and is not there.
+    pub fn find(config: &EnginesConfig) -> Result<Engines, String> {
+        let mut engines =
+            Engines { onnxruntime: None, tract: tract(), onnxruntime_reason: String::new(), details: String::new() };
+        if config.choice == EngineChoice::Tract {
+            engines.onnxruntime_reason = "switched off by the configuration".into();
+            engines.details = engines.onnxruntime_reason.clone();
+        } else {
+            engines.find_onnxruntime(config);
+        }
+        match config.choice {
+            EngineChoice::OnnxRuntime if engines.onnxruntime.is_none() => Err(engines.details),
+            EngineChoice::Tract if engines.tract.is_none() => Err("tract is not built into this binary".into()),
+            EngineChoice::Auto if engines.onnxruntime.is_none() && engines.tract.is_none() => {
+                Err(format!("{}; tract is not built into this binary", engines.details))
+            }
+            _ => Ok(engines),
+        }
+    }
+
+    fn find_onnxruntime(&mut self, config: &EnginesConfig) {
+        let found =
+            OnnxRuntime::find(config.library.as_deref(), config.library_variable.clone(), config.exe_dir.as_deref());
+        let found = match found {
+            Ok(found) => found,
+            Err(nowhere) => {
+                self.onnxruntime_reason = "no ONNX Runtime library was found".into();
+                self.details = nowhere.to_string();
+                return;
+            }
+        };
+        match OnnxRuntime::open(&found.path) {
+            Ok(runtime) => {
+                self.onnxruntime_reason = format!("its library was found by {}", found.by);
+                self.details = format!("{}, `{}`", self.onnxruntime_reason, found.path.display());
+                self.onnxruntime = Some(runtime);
+            }
+            Err(error) => {
+                self.onnxruntime_reason = error.to_string();
+                self.details = format!("{error}, at `{}` (named by {})", found.path.display(), found.by);
+            }
+        }
+    }
+
+    /// The engine for one model. The error says what to install or build.
+    pub fn choose(&self, choice: BackendChoice) -> Result<Chosen, String> {
+        let why = &self.onnxruntime_reason;
+        match (choice, &self.onnxruntime, &self.tract) {
+            (BackendChoice::Auto, Some(backend), _) => Ok(chosen(backend, why.clone())),
+            (BackendChoice::Auto, None, Some(backend)) => Ok(chosen(backend, format!("in onnxruntime's place: {why}"))),
+            (BackendChoice::Auto, None, None) => Err(format!("no engine: {why}, and tract is not built in")),
+            (BackendChoice::OnnxRuntime, Some(backend), _) | (BackendChoice::Tract, _, Some(backend)) => {
+                Ok(chosen(backend, "named in model.toml".into()))
+            }
+            (BackendChoice::OnnxRuntime, None, _) => Err(format!("model.toml asks for onnxruntime: {why}")),
+            (BackendChoice::Tract, _, None) => {
+                Err("model.toml asks for tract, which is not built in: build with the cargo feature `tract`".into())
+            }
+        }
+    }
+
+    /// Each engine at hand with its own version and why it is used or not, for the log.
+    pub(super) fn summary(&self) -> Vec<(&'static str, String, String)> {
+        let mut lines = Vec::new();
+        if let Some(backend) = &self.onnxruntime {
+            lines.push((backend.name(), backend.version(), self.details.clone()));
+        } else if let Some(backend) = &self.tract {
+            lines.push((backend.name(), backend.version(), format!("in onnxruntime's place: {}", self.details)));
+        }
+        lines
+    }
+}
+
+fn chosen(backend: &Arc<dyn Backend>, reason: String) -> Chosen {
+    Chosen { backend: Arc::clone(backend), reason }
+}
+
+#[cfg(feature = "tract")]
+fn tract() -> Option<Arc<dyn Backend>> {
+    Some(Arc::new(crate::backend::tract::Tract))
+}
+
+#[cfg(not(feature = "tract"))]
+fn tract() -> Option<Arc<dyn Backend>> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::fake::Fake;
+
+    fn engines(onnxruntime: bool, tract: bool) -> Engines {
+        let fake = |there: bool| there.then(|| Arc::new(Fake::echo(1)) as Arc<dyn Backend>);
+        Engines {
+            onnxruntime: fake(onnxruntime),
+            tract: fake(tract),
+            onnxruntime_reason: "no library".into(),
+            details: String::new(),
+        }
+    }
+
+    #[test]
+    fn presence_decides_and_the_reason_is_told() {
+        let reason = |engines: Engines, choice| engines.choose(choice).map(|chosen| chosen.reason);
+        assert_eq!(reason(engines(true, true), BackendChoice::Auto).unwrap(), "no library");
+        assert_eq!(reason(engines(false, true), BackendChoice::Auto).unwrap(), "in onnxruntime's place: no library");
+        assert_eq!(reason(engines(true, true), BackendChoice::Tract).unwrap(), "named in model.toml");
+        assert!(reason(engines(false, true), BackendChoice::OnnxRuntime).unwrap_err().contains("no library"));
+        assert!(reason(engines(true, false), BackendChoice::Tract).unwrap_err().contains("not built in"));
+        assert!(reason(engines(false, false), BackendChoice::Auto).is_err());
+    }
+}

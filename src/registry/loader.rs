@@ -1,0 +1,380 @@
+//! From a version on disk to one that is ready to serve: copy and hash, describe, choose an engine, load, decide about
+//! batching, warm up. Slow, and called on the loader's thread (or by `inspect` and `validate`) only.
+//!
+//! Everything a version may fail of is a [`Failure`]; a panic of an engine is one, too. After a failure the version has
+//! left nothing behind in the cache.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::cache::{Cache, CacheError, Cached};
+use super::engines::{Chosen, Engines};
+use super::golden::{self, Goldens};
+use super::invent::{self, Random, Recipe};
+use super::model_config::{ModelConfig, nearest};
+use super::probe::Probe;
+use super::selftest::{self, BatchDecision};
+use super::source::{Discovered, GOLDEN_FILE, read_text};
+use super::version::{Facts, OutputInfo, Version};
+use crate::backend::onnx::Description;
+use crate::backend::{Artifact, LoadError, LoadOptions, Model};
+use crate::monitor::{Monitor, MonitoredOutput};
+use crate::scheduler::{self, DEFAULT_PREFERRED_ROWS, Gate, Scheduler, ThreadPlan, Wish};
+use crate::tensor::{Dim, OutputKind, Signature, Tensor, TensorSpec};
+
+/// Longest file of class names, in bytes, and the most names in it.
+const MAX_LABELS_BYTES: u64 = 16 << 20;
+const MAX_LABELS: usize = 1 << 20;
+/// What invented warm-up runs may take together.
+const WARM_UP_BUDGET: Duration = Duration::from_secs(5);
+const WARM_UP_SEED: u64 = 1;
+
+/// Why a version is not served. Shown in the index: names files by their names in the registry only.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    #[error("{0}")]
+    Refused(String),
+    /// `model.toml`, or a file that it names.
+    #[error("{0}")]
+    Config(String),
+    #[error(transparent)]
+    Copy(#[from] CacheError),
+    #[error(transparent)]
+    Model(#[from] LoadError),
+    #[error("warm-up `{file}`: {reason}")]
+    WarmUp { file: String, reason: String },
+    #[error("`{GOLDEN_FILE}`: {0}")]
+    Golden(String),
+    #[error("the engine panicked while it loaded the model")]
+    Panicked,
+}
+
+pub struct Loader {
+    pub cache: Arc<Cache>,
+    pub engines: Engines,
+    pub cores: usize,
+    pub gate: Arc<Gate>,
+}
+
+/// A version in the cache, described but not loaded.
+pub struct Staged {
+    pub cached: Cached,
+    pub settings: Settings,
+    description: Arc<Description>,
+    begun: Instant,
+}
+
+/// What a version is loaded with besides its artifact. Equal settings and digests make equal versions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    pub config: Arc<ModelConfig>,
+    /// Class names by file name.
+    labels: BTreeMap<String, Arc<[String]>>,
+}
+
+/// A version loaded and warm, not yet serving.
+pub struct Loaded {
+    pub facts: Facts,
+    pub probe: Probe,
+    cached: Cached,
+    config: Arc<ModelConfig>,
+}
+
+impl Loader {
+    /// Reads the settings, copies and hashes the files, and reads what the model says of itself.
+    pub fn stage(&self, found: &Discovered) -> Result<Staged, Failure> {
+        let begun = Instant::now();
+        if let Some(reason) = &found.refused {
+            return Err(Failure::Refused(reason.clone()));
+        }
+        let settings = Settings::read(found)?;
+        let (cached, description) = self.cache.copy(&found.model, describe)?;
+        Ok(Staged { cached, settings, description: Arc::new(description), begun })
+    }
+
+    /// Loads, decides about batching, warms up. `warming` is called when the engine has loaded the model.
+    pub fn load(&self, found: &Discovered, staged: Staged, warming: impl FnOnce()) -> Result<Loaded, Failure> {
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.make(found, &staged, warming)));
+        let Staged { cached, settings, .. } = staged;
+        match outcome.unwrap_or(Err(Failure::Panicked)) {
+            Ok((facts, probe)) => Ok(Loaded { facts, probe, cached, config: settings.config }),
+            Err(failure) => {
+                self.cache.release(cached);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Makes the scheduler: from here on the version can answer.
+    pub fn serve(&self, loaded: Loaded, monitor: &Arc<Monitor>) -> Result<Version, Failure> {
+        let Loaded { facts, probe, cached, config } = loaded;
+        let model = Arc::clone(probe.model());
+        let instance = match probe.into_instance() {
+            Ok(instance) => instance,
+            Err(error) => {
+                self.cache.release(cached);
+                return Err(error.into());
+            }
+        };
+        let outputs = facts.outputs.iter().map(|output| MonitoredOutput {
+            name: Arc::clone(&output.name),
+            kind: output.kind,
+            labels: output.labels.clone(),
+        });
+        let monitor = monitor.version(Arc::clone(&facts.name), facts.id, outputs.collect());
+        let name = format!("{}/{}", facts.name, facts.id);
+        let config = scheduling(&facts, &config);
+        let scheduler = Scheduler::new(name, model, instance, config, Arc::clone(&self.gate), Arc::clone(&monitor));
+        Ok(Version { facts, scheduler, monitor, cached })
+    }
+
+    pub fn discard_staged(&self, staged: Staged) {
+        self.cache.release(staged.cached);
+    }
+
+    pub fn discard(&self, loaded: Loaded) {
+        let Loaded { probe, cached, .. } = loaded;
+        drop(probe);
+        self.cache.release(cached);
+    }
+
+    fn make(&self, found: &Discovered, staged: &Staged, warming: impl FnOnce()) -> Result<(Facts, Probe), Failure> {
+        let config = &*staged.settings.config;
+        let Chosen { backend, reason } =
+            self.engines.choose(config.backend).map_err(|reason| Failure::Model(LoadError::Unavailable(reason)))?;
+        let mut wish = Wish {
+            instances: config.instances,
+            threads: config.threads,
+            weights_bytes: staged.cached.bytes,
+            instances_share_weights: false,
+        };
+        let options = LoadOptions { device: config.device, threads: ThreadPlan::new(self.cores, &wish).threads };
+        let artifact = Artifact { path: staged.cached.model.clone(), description: Arc::clone(&staged.description) };
+        let model = backend.load(&artifact, &options)?;
+        warming();
+        // Only a loaded model says whether its instances share; those that do have no threads of their own to plan for.
+        wish.instances_share_weights = model.instances_share_weights();
+        let threads = ThreadPlan::new(self.cores, &wish);
+        let signature = Arc::new(model.signature().clone());
+        let mut warnings = model.warnings().to_vec();
+        let outputs = outputs(&*model, &staged.settings, &mut warnings)?;
+        let mut probe = Probe::new(model, Arc::clone(&self.gate), threads.threads)?;
+        let couples = staged.description.couples_rows.as_deref();
+        let batching =
+            selftest::decide(config.batching.enabled, couples, &signature, || selftest::run(&mut probe, &signature))
+                .map_err(Failure::Config)?;
+        let max_batch_size = config.batching.max_batch_size;
+        let preferred_rows = config.batching.preferred_rows.unwrap_or(DEFAULT_PREFERRED_ROWS);
+        let preferred_rows = max_batch_size.map_or(preferred_rows, |max| preferred_rows.min(max));
+        warnings.extend(warm_up(&mut probe, &signature, &batching, preferred_rows));
+        declared_warm_ups(found, config, &signature, &mut probe)?;
+        if config.goldens_on_load {
+            check_goldens(found, &mut probe)?.ok_or_else(|| Failure::Golden("is not there".into()))?;
+        }
+        let facts = Facts {
+            name: Arc::clone(&found.key.model),
+            id: found.key.version,
+            digest: Arc::clone(&staged.cached.digest),
+            backend: backend.name(),
+            backend_version: backend.version(),
+            backend_reason: reason,
+            device: config.device,
+            signature,
+            outputs,
+            batching,
+            max_batch_size,
+            preferred_rows,
+            threads,
+            producer: staged.description.producer.clone(),
+            load_time: staged.begun.elapsed(),
+            warnings,
+        };
+        Ok((facts, probe))
+    }
+}
+
+impl Settings {
+    fn read(found: &Discovered) -> Result<Settings, Failure> {
+        let config = found.config.clone().map_err(Failure::Config)?;
+        let named = config.outputs.values().filter_map(|output| output.labels.as_ref());
+        let mut labels = BTreeMap::new();
+        for file in config.labels.iter().chain(named) {
+            labels.insert(file.clone(), read_labels(found, file)?);
+        }
+        Ok(Settings { config, labels })
+    }
+}
+
+fn describe(copy: &Path) -> Result<(Description, std::collections::BTreeSet<String>), Failure> {
+    let bytes = fs::read(copy)
+        .map_err(|error| LoadError::BadModel(format!("the copy of the model cannot be read: {error}")))?;
+    // The file is untrusted: a defect of the reader must not take the loader's thread with it.
+    let description = catch_unwind(|| Description::read(bytes.into()))
+        .unwrap_or_else(|_| Err(LoadError::BadModel("the reader of ONNX files panicked on it".into())))?;
+    let external = description.external_files.clone();
+    Ok((description, external))
+}
+
+/// A file in the model's own folder, links followed inside it only.
+fn read_beside(folder: &Path, file: &str, max_bytes: u64) -> Result<String, String> {
+    let folder = fs::canonicalize(folder).map_err(|error| error.to_string())?;
+    read_text(&folder, &folder.join(file), max_bytes)
+}
+
+/// One name a line; empty lines at the end do not count.
+fn read_labels(found: &Discovered, file: &str) -> Result<Arc<[String]>, Failure> {
+    let failed = |reason: String| Failure::Config(format!("labels `{file}`: {reason}"));
+    let text = read_beside(&found.folder, file, MAX_LABELS_BYTES).map_err(failed)?;
+    let names: Vec<String> = text.trim_end().lines().map(|line| line.trim().to_string()).collect();
+    match names.len() {
+        1..=MAX_LABELS => Ok(names.into()),
+        count => Err(failed(format!("{count} names, expected 1 to {MAX_LABELS}"))),
+    }
+}
+
+/// Kinds and labels: what the configuration says, else what was inferred.
+fn outputs(model: &dyn Model, settings: &Settings, warnings: &mut Vec<String>) -> Result<Vec<OutputInfo>, Failure> {
+    let signature = model.signature();
+    let names = || signature.outputs.iter().map(|spec| &*spec.name);
+    if let Some(unknown) = settings.config.outputs.keys().find(|name| signature.output(name).is_none()) {
+        let expected = match nearest(unknown, names()) {
+            Some(near) => format!("`{near}`, perhaps"),
+            None => format!("one of {}", names().collect::<Vec<_>>().join(", ")),
+        };
+        return Err(Failure::Config(format!("model.toml: `outputs.{unknown}`: no such output, expected {expected}")));
+    }
+    let specs = signature.outputs.iter().zip(model.output_kinds());
+    let outputs = specs.map(|(spec, kind)| output(spec, *kind, settings, warnings)).collect::<Result<Vec<_>, _>>()?;
+    if let Some(file) = &settings.config.labels
+        && outputs.iter().all(|output| output.labels.is_none())
+    {
+        warnings.push(format!("labels `{file}`: no output has as many classes"));
+    }
+    Ok(outputs)
+}
+
+fn output(
+    spec: &TensorSpec,
+    inferred: OutputKind,
+    settings: &Settings,
+    warnings: &mut Vec<String>,
+) -> Result<OutputInfo, Failure> {
+    let own = settings.config.outputs.get(&*spec.name);
+    let kind = own.and_then(|output| output.kind).unwrap_or(inferred);
+    let info = |labels| Ok(OutputInfo { name: Arc::clone(&spec.name), kind, labels });
+    let fits = |labels: &Arc<[String]>| classes(spec, kind).is_none_or(|classes| classes == labels.len());
+    if let Some(file) = own.and_then(|output| output.labels.as_ref()) {
+        let labels = &settings.labels[file];
+        if !fits(labels) {
+            let (found, expected) = (labels.len(), classes(spec, kind).unwrap_or_default());
+            return Err(Failure::Config(format!(
+                "labels `{file}`: {found} names, expected the {expected} classes of output `{}`",
+                spec.name
+            )));
+        }
+        return info(Some(Arc::clone(labels)));
+    }
+    let Some(file) = settings.config.labels.as_ref().filter(|_| kind != OutputKind::Values) else { return info(None) };
+    let labels = &settings.labels[file];
+    if !fits(labels) {
+        warnings.push(format!("labels `{file}` do not fit output `{}`: {} names", spec.name, labels.len()));
+        return info(None);
+    }
+    info(Some(Arc::clone(labels)))
+}
+
+/// How many classes an output has, where its shape says.
+fn classes(spec: &TensorSpec, kind: OutputKind) -> Option<usize> {
+    match kind {
+        OutputKind::BinaryProbability => Some(2),
+        OutputKind::Labels | OutputKind::Values => None,
+        OutputKind::Probabilities | OutputKind::LogProbabilities | OutputKind::Logits => {
+            match spec.dims.as_ref()?.last()? {
+                Dim::Fixed(classes) => Some(*classes),
+                Dim::Free(_) => None,
+            }
+        }
+    }
+}
+
+/// Runs an invented row, and a full batch where there will be batches. A refusal is worth a warning only: many models
+/// refuse what is made up.
+fn warm_up(
+    probe: &mut Probe,
+    signature: &Signature,
+    batching: &BatchDecision,
+    preferred_rows: usize,
+) -> Option<String> {
+    let before = probe.spent();
+    let mut refusal = None;
+    for extent in invent::extents(signature) {
+        let recipe = Recipe { extent: *extent, below: 2, scale: 1.0 };
+        let run = |probe: &mut Probe, count: usize| {
+            let row = invent::row(signature, recipe, 0, &mut Random(WARM_UP_SEED))?;
+            let jobs: Vec<&[Tensor]> = vec![&row; count];
+            let begun = probe.spent();
+            probe.run(&jobs).map(|_| probe.spent() - begun)
+        };
+        match run(probe, 1) {
+            Ok(one) => {
+                let rows = u32::try_from(preferred_rows).unwrap_or(u32::MAX);
+                if batching.enabled && one.saturating_mul(rows) <= WARM_UP_BUDGET {
+                    return run(probe, preferred_rows)
+                        .err()
+                        .map(|why| format!("warm-up: a full batch is refused: {why}"));
+                }
+                return None;
+            }
+            Err(why) => refusal.get_or_insert(why),
+        };
+        if probe.spent() - before > WARM_UP_BUDGET {
+            break;
+        }
+    }
+    refusal.map(|why| format!("warm-up: the model refuses invented inputs: {why}"))
+}
+
+fn declared_warm_ups(
+    found: &Discovered,
+    config: &ModelConfig,
+    signature: &Signature,
+    probe: &mut Probe,
+) -> Result<(), Failure> {
+    for file in &config.warmup {
+        let failed = |reason: String| Failure::WarmUp { file: file.clone(), reason };
+        let text = read_beside(&found.folder, file, golden::MAX_FILE_BYTES).map_err(failed)?;
+        let inputs = golden::read_warm_up(&text, signature).map_err(failed)?;
+        probe.run(&[&inputs]).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Compares with `expected.json` beside the model: the number of cases, `None` where there is no such file.
+pub fn check_goldens(found: &Discovered, probe: &mut Probe) -> Result<Option<usize>, Failure> {
+    let folder = found.model.parent().unwrap_or(&found.folder);
+    if fs::symlink_metadata(folder.join(GOLDEN_FILE)).is_err() {
+        return Ok(None);
+    }
+    let text = read_beside(folder, GOLDEN_FILE, golden::MAX_FILE_BYTES).map_err(Failure::Golden)?;
+    let goldens = Goldens::parse(&text).map_err(Failure::Golden)?;
+    goldens.check(probe).map_err(Failure::Golden)?;
+    Ok(Some(goldens.len()))
+}
+
+fn scheduling(facts: &Facts, config: &ModelConfig) -> scheduler::Config {
+    let defaults = scheduler::Config::default();
+    scheduler::Config {
+        instances: facts.threads.instances,
+        threads: facts.threads.threads,
+        batching: facts.batching.enabled,
+        preferred_rows: facts.preferred_rows,
+        max_delay: config.batching.max_delay.unwrap_or(defaults.max_delay),
+        max_queue_requests: config.max_queue_requests.unwrap_or(defaults.max_queue_requests),
+        max_queue_bytes: config.max_queue_bytes.unwrap_or(defaults.max_queue_bytes),
+        ..defaults
+    }
+}

@@ -1,0 +1,519 @@
+//! `model.toml`: what it may say, read key by key so that every problem is reported at once.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::time::Duration;
+
+use toml::{Table, Value};
+
+use crate::backend::Device;
+use crate::error::quoted;
+use crate::request::VersionId;
+use crate::tensor::OutputKind;
+use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
+
+const MAX_INSTANCES: i64 = 256;
+const MAX_THREADS: i64 = 1024;
+const MAX_ROWS: i64 = 1 << 20;
+const MAX_QUEUE_REQUESTS: i64 = 1 << 24;
+const MAX_DELAY: Duration = Duration::from_secs(60);
+const MAX_WARM_UP_FILES: usize = 64;
+
+/// Every key, with its meaning; a part of docs/configuration.md.
+pub const REFERENCE: &str = r#"# Every key is optional; an unknown one is an error. Files lie beside model.toml.
+
+backend = "auto"            # auto: onnxruntime where its library was found, else tract; or either by name
+device = "cpu"              # cpu, cuda or cuda:N
+instances = 2               # runs at once; by default planned from the cores
+threads = 1                 # intra-op threads of one instance; by default planned from the cores
+labels = "labels.txt"       # class names, one a line, for every output that has classes
+warmup = ["warmup.json"]    # requests ({"inputs": [...]}) that must succeed before the version is ready
+versions = "all"            # or { latest = 2 }, the highest that load; or a list such as [1, 3]
+
+[batching]                  # or in short: batching = true, false or "auto"
+enabled = "auto"            # auto: batched if the file and the self-test at load allow it
+preferred_rows = 32         # what batches are filled up to
+max_batch_size = 256        # the most rows one request may carry; by default any number
+max_delay = "0"             # how long a request may wait for others to share its batch
+
+[limits]
+max_queue_requests = 1024   # waiting for this version; more are refused
+max_queue_bytes = "512MiB"  # of waiting inputs
+
+[outputs.probabilities]     # by the output's name
+kind = "probabilities"      # or log_probabilities, logits, binary_probability, labels, values
+labels = "labels.txt"
+
+[goldens]
+on_load = false             # compare with expected.json at every load; a version that differs fails
+"#;
+
+/// One model's settings, checked. `None` where the file is silent: the server's defaults or the model decide.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ModelConfig {
+    pub backend: BackendChoice,
+    pub device: Device,
+    pub instances: Option<usize>,
+    /// Intra-op threads of one instance.
+    pub threads: Option<usize>,
+    pub batching: BatchingConfig,
+    pub max_queue_requests: Option<usize>,
+    pub max_queue_bytes: Option<usize>,
+    /// A file of class names, one a line, for every output that has classes.
+    pub labels: Option<String>,
+    /// By output name.
+    pub outputs: BTreeMap<String, OutputConfig>,
+    /// Files of requests that must succeed before the version is ready.
+    pub warmup: Vec<String>,
+    pub versions: VersionPolicy,
+    /// Compare with `expected.json` at every load; a version that differs fails.
+    pub goldens_on_load: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// onnxruntime where its library was found, else tract.
+    #[default]
+    Auto,
+    OnnxRuntime,
+    Tract,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct BatchingConfig {
+    /// `None`: batched if the model proves to allow it.
+    pub enabled: Option<bool>,
+    pub preferred_rows: Option<usize>,
+    /// The most rows one request may carry.
+    pub max_batch_size: Option<usize>,
+    pub max_delay: Option<Duration>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OutputConfig {
+    pub kind: Option<OutputKind>,
+    pub labels: Option<String>,
+}
+
+/// Which of the versions on disk are served.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum VersionPolicy {
+    #[default]
+    All,
+    /// The highest n of those that load.
+    Latest(usize),
+    Listed(BTreeSet<VersionId>),
+}
+
+impl VersionPolicy {
+    /// The versions to serve. `versions` are those on disk, each with whether it can still be served: one that failed to
+    /// load makes room for the next lower one, so that a bad release never empties a model.
+    pub fn select(&self, versions: &BTreeMap<VersionId, bool>) -> BTreeSet<VersionId> {
+        match self {
+            VersionPolicy::All => versions.keys().copied().collect(),
+            VersionPolicy::Listed(listed) => versions.keys().copied().filter(|id| listed.contains(id)).collect(),
+            VersionPolicy::Latest(n) => {
+                let lowest = versions.iter().rev().filter(|(_, alive)| **alive).map(|(id, _)| *id).take(*n).last();
+                // Failed versions above the lowest served one are kept, so that the index shows why they are not served.
+                versions.keys().copied().filter(|id| lowest.is_none_or(|lowest| *id >= lowest)).collect()
+            }
+        }
+    }
+}
+
+/// One thing wrong with a configuration file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Dotted: `batching.max_delay`.
+    pub key: String,
+    pub found: String,
+    pub expected: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}`: found {}, expected {}", self.key, self.found, self.expected)
+    }
+}
+
+/// Everything wrong with one `model.toml`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("model.toml: {}", .0.iter().map(Problem::to_string).collect::<Vec<_>>().join("; "))]
+pub struct ConfigProblems(pub Vec<Problem>);
+
+impl ModelConfig {
+    /// Reads the text of a `model.toml`.
+    pub fn parse(text: &str) -> Result<ModelConfig, ConfigProblems> {
+        let table: Table = toml::from_str(text).map_err(|error| ConfigProblems(vec![syntax_problem(text, &error)]))?;
+        let problems = RefCell::new(Vec::new());
+        let config = read_model(Section::new(String::new(), &table, &problems));
+        let problems = problems.into_inner();
+        if problems.is_empty() { Ok(config) } else { Err(ConfigProblems(problems)) }
+    }
+}
+
+fn syntax_problem(text: &str, error: &toml::de::Error) -> Problem {
+    let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or("");
+    let line = before.matches('\n').count() + 1;
+    Problem { key: format!("line {line}"), found: error.message().replace('\n', ", "), expected: "valid TOML".into() }
+}
+
+fn read_model(mut top: Section) -> ModelConfig {
+    let limits = top.section("limits", |section| {
+        let requests = section.count("max_queue_requests", MAX_QUEUE_REQUESTS);
+        (requests, section.read("max_queue_bytes", SIZE_FORM, |value| value.as_str().and_then(parse_size)))
+    });
+    let (max_queue_requests, max_queue_bytes) = limits.unwrap_or_default();
+    let config = ModelConfig {
+        backend: top
+            .read("backend", "\"auto\", \"onnxruntime\" or \"tract\"", |value| match value.as_str()? {
+                "auto" => Some(BackendChoice::Auto),
+                "onnxruntime" => Some(BackendChoice::OnnxRuntime),
+                "tract" => Some(BackendChoice::Tract),
+                _ => None,
+            })
+            .unwrap_or_default(),
+        device: top.read("device", "\"cpu\", \"cuda\" or \"cuda:N\"", read_device).unwrap_or_default(),
+        instances: top.count("instances", MAX_INSTANCES),
+        threads: top.count("threads", MAX_THREADS),
+        batching: read_batching(&mut top),
+        max_queue_requests,
+        max_queue_bytes,
+        labels: top.file("labels"),
+        outputs: read_outputs(&mut top),
+        warmup: top.read("warmup", "a list of file names beside model.toml", read_files).unwrap_or_default(),
+        versions: top
+            .read("versions", "\"all\", { latest = 2 } or a list such as [1, 3]", read_policy)
+            .unwrap_or_default(),
+        goldens_on_load: top
+            .section("goldens", |section| section.read("on_load", "true or false", Value::as_bool))
+            .flatten()
+            .unwrap_or(false),
+    };
+    top.finish();
+    config
+}
+
+fn read_device(value: &Value) -> Option<Device> {
+    match value.as_str()? {
+        "cpu" => Some(Device::Cpu),
+        "cuda" => Some(Device::Cuda(0)),
+        other => other.strip_prefix("cuda:")?.parse().ok().map(Device::Cuda),
+    }
+}
+
+/// `batching = true`, `false` or `"auto"`, or a table whose `enabled` says the same.
+fn read_batching(top: &mut Section) -> BatchingConfig {
+    const SWITCH: &str = "true, false or \"auto\"";
+    if !matches!(top.table.get("batching"), Some(Value::Table(_))) {
+        let enabled = top.read("batching", "true, false, \"auto\" or a table", read_switch).flatten();
+        return BatchingConfig { enabled, ..BatchingConfig::default() };
+    }
+    top.section("batching", |section| BatchingConfig {
+        enabled: section.read("enabled", SWITCH, read_switch).flatten(),
+        preferred_rows: section.count("preferred_rows", MAX_ROWS),
+        max_batch_size: section.count("max_batch_size", MAX_ROWS),
+        max_delay: section.read("max_delay", DURATION_FORM, |value| {
+            value.as_str().and_then(parse_duration).filter(|delay| *delay <= MAX_DELAY)
+        }),
+    })
+    .unwrap_or_default()
+}
+
+fn read_switch(value: &Value) -> Option<Option<bool>> {
+    match value {
+        Value::Boolean(on) => Some(Some(*on)),
+        Value::String(text) if text == "auto" => Some(None),
+        _ => None,
+    }
+}
+
+fn read_outputs(top: &mut Section) -> BTreeMap<String, OutputConfig> {
+    let mut outputs = BTreeMap::new();
+    let kinds = OutputKind::ALL.map(|kind| format!("\"{}\"", kind.name())).join(", ");
+    top.section("outputs", |section| {
+        for name in section.table.keys() {
+            let output = section.section(name, |section| OutputConfig {
+                kind: section.read("kind", &format!("one of {kinds}"), |value| OutputKind::parse(value.as_str()?)),
+                labels: section.file("labels"),
+            });
+            outputs.insert(name.clone(), output.unwrap_or_default());
+        }
+    });
+    outputs
+}
+
+fn read_policy(value: &Value) -> Option<VersionPolicy> {
+    let version = |value: &Value| value.as_integer().and_then(|id| VersionId::new(u64::try_from(id).ok()?));
+    match value {
+        Value::String(text) if text == "all" => Some(VersionPolicy::All),
+        Value::Table(table) if table.len() == 1 => {
+            let latest = table.get("latest")?.as_integer()?;
+            (latest >= 1).then(|| usize::try_from(latest).ok().map(VersionPolicy::Latest)).flatten()
+        }
+        Value::Array(ids) if !ids.is_empty() => {
+            ids.iter().map(version).collect::<Option<_>>().map(VersionPolicy::Listed)
+        }
+        _ => None,
+    }
+}
+
+fn read_files(value: &Value) -> Option<Vec<String>> {
+    let files = value.as_array()?;
+    (files.len() <= MAX_WARM_UP_FILES).then(|| files.iter().map(plain_file).collect()).flatten()
+}
+
+/// The name of a file in the model's own folder: no folder, no `..`, not hidden.
+fn plain_file(value: &Value) -> Option<String> {
+    let name = value.as_str()?;
+    let plain = !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0']);
+    plain.then(|| name.to_string())
+}
+
+/// One table of the file while it is read: remembers which keys it knows, and collects problems.
+struct Section<'a> {
+    /// `batching.`; empty at the top.
+    prefix: String,
+    table: &'a Table,
+    known: BTreeSet<String>,
+    problems: &'a RefCell<Vec<Problem>>,
+}
+
+impl<'a> Section<'a> {
+    fn new(prefix: String, table: &'a Table, problems: &'a RefCell<Vec<Problem>>) -> Self {
+        Section { prefix, table, known: BTreeSet::new(), problems }
+    }
+
+    fn read<T>(&mut self, key: &str, expected: &str, convert: impl FnOnce(&Value) -> Option<T>) -> Option<T> {
+        self.known.insert(key.to_string());
+        let value = self.table.get(key)?;
+        let converted = convert(value);
+        if converted.is_none() {
+            self.problem(key, shown(value), expected.to_string());
+        }
+        converted
+    }
+
+    fn count(&mut self, key: &str, max: i64) -> Option<usize> {
+        let convert =
+            |value: &Value| value.as_integer().filter(|n| (1..=max).contains(n)).and_then(|n| usize::try_from(n).ok());
+        self.read(key, &format!("a whole number from 1 to {max}"), convert)
+    }
+
+    fn file(&mut self, key: &str) -> Option<String> {
+        self.read(key, "the name of a file beside model.toml", plain_file)
+    }
+
+    fn section<T>(&mut self, key: &str, read: impl FnOnce(&mut Section<'a>) -> T) -> Option<T> {
+        self.known.insert(key.to_string());
+        let value = self.table.get(key)?;
+        let Some(table) = value.as_table() else {
+            self.problem(key, shown(value), "a table".into());
+            return None;
+        };
+        let mut section = Section::new(format!("{}{key}.", self.prefix), table, self.problems);
+        let result = read(&mut section);
+        section.finish();
+        Some(result)
+    }
+
+    /// Reports the keys nobody asked for.
+    fn finish(self) {
+        for key in self.table.keys().filter(|key| !self.known.contains(*key)) {
+            let known: Vec<&str> = self.known.iter().map(String::as_str).collect();
+            let expected = match nearest(key, known.iter().copied()) {
+                Some(near) => format!("`{near}`, perhaps"),
+                None => format!("one of {}", known.join(", ")),
+            };
+            self.problem(key, "an unknown key".into(), expected);
+        }
+    }
+
+    fn problem(&self, key: &str, found: String, expected: String) {
+        let key = format!("{}{}", self.prefix, quoted(key));
+        self.problems.borrow_mut().push(Problem { key, found, expected });
+    }
+}
+
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Table(_) => "a table".into(),
+        Value::Array(_) => quoted(&value.to_string()),
+        Value::String(text) => format!("\"{}\"", quoted(text)),
+        other => quoted(&other.to_string()),
+    }
+}
+
+/// The known name that a misspelt one most likely means, if any is close.
+pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let close = |candidate: &str| 1 + candidate.chars().count().max(name.chars().count()) / 3;
+    known
+        .into_iter()
+        .map(|candidate| (edit_distance(name, candidate), candidate))
+        .filter(|(distance, candidate)| *distance <= close(candidate))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+/// Levenshtein's distance, one row at a time.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.chars().take(256).enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, to) in b.iter().enumerate() {
+            let substitute = diagonal + usize::from(from != *to);
+            diagonal = row[j + 1];
+            row[j + 1] = substitute.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(n: u64) -> VersionId {
+        VersionId::new(n).unwrap()
+    }
+
+    #[test]
+    fn a_full_file_is_read() {
+        let config = ModelConfig::parse(
+            r#"
+            backend = "tract"
+            device = "cuda:1"
+            instances = 2
+            threads = 3
+            labels = "labels.txt"
+            warmup = ["warmup.json"]
+            versions = { latest = 2 }
+            [batching]
+            enabled = true
+            preferred_rows = 16
+            max_batch_size = 64
+            max_delay = "2ms"
+            [limits]
+            max_queue_requests = 10
+            max_queue_bytes = "64MiB"
+            [outputs."a/b"]
+            kind = "logits"
+            labels = "other.txt"
+            [goldens]
+            on_load = true
+            "#,
+        )
+        .unwrap();
+        assert_eq!((config.backend, config.device), (BackendChoice::Tract, Device::Cuda(1)));
+        assert_eq!((config.instances, config.threads), (Some(2), Some(3)));
+        assert_eq!(
+            config.batching,
+            BatchingConfig {
+                enabled: Some(true),
+                preferred_rows: Some(16),
+                max_batch_size: Some(64),
+                max_delay: Some(Duration::from_millis(2)),
+            }
+        );
+        assert_eq!((config.max_queue_requests, config.max_queue_bytes), (Some(10), Some(64 << 20)));
+        assert_eq!(config.versions, VersionPolicy::Latest(2));
+        assert_eq!(config.outputs["a/b"].kind, Some(OutputKind::Logits));
+        assert!(config.goldens_on_load && config.warmup == ["warmup.json"]);
+    }
+
+    #[test]
+    fn the_reference_is_a_file_that_reads_and_its_defaults_are_the_defaults() {
+        let config = ModelConfig::parse(REFERENCE).unwrap();
+        let defaults = crate::scheduler::Config::default();
+        assert_eq!(config.batching.preferred_rows, Some(defaults.preferred_rows));
+        assert_eq!(config.batching.max_delay, Some(defaults.max_delay));
+        assert_eq!(config.max_queue_requests, Some(defaults.max_queue_requests));
+        assert_eq!(config.max_queue_bytes, Some(defaults.max_queue_bytes));
+        let silent = ModelConfig::default();
+        assert_eq!(
+            (config.backend, config.device, config.batching.enabled, config.versions, config.goldens_on_load),
+            (silent.backend, silent.device, silent.batching.enabled, silent.versions, silent.goldens_on_load)
+        );
+    }
+
+    #[test]
+    fn silence_means_defaults_and_batching_has_a_short_form() {
+        assert_eq!(ModelConfig::parse("").unwrap(), ModelConfig::default());
+        for (text, enabled) in [("true", Some(true)), ("false", Some(false)), ("\"auto\"", None)] {
+            assert_eq!(ModelConfig::parse(&format!("batching = {text}")).unwrap().batching.enabled, enabled);
+        }
+        assert_eq!(
+            ModelConfig::parse("versions = [1, 3]").unwrap().versions,
+            VersionPolicy::Listed([id(1), id(3)].into())
+        );
+    }
+
+    #[test]
+    fn all_problems_are_reported_at_once() {
+        let ConfigProblems(problems) = ModelConfig::parse(
+            r#"
+            backend = "onnx"
+            instnaces = 2
+            threads = 0
+            labels = "../labels.txt"
+            versions = []
+            quux = 1
+            [batching]
+            max_delay = 2
+            prefered_rows = 3
+            [outputs.y]
+            kind = "probs"
+            [limits]
+            max_queue_bytes = "lots"
+            "#,
+        )
+        .unwrap_err();
+        let problem =
+            |key: &str| problems.iter().find(|p| p.key == key).unwrap_or_else(|| panic!("{key}: {problems:?}"));
+        assert_eq!(problem("backend").found, "\"onnx\"");
+        assert_eq!(problem("instnaces").expected, "`instances`, perhaps");
+        assert_eq!(problem("threads").found, "0");
+        assert!(problem("quux").expected.starts_with("one of backend, batching"));
+        assert_eq!(problem("batching.max_delay").found, "2");
+        assert_eq!(problem("batching.prefered_rows").expected, "`preferred_rows`, perhaps");
+        assert!(problem("outputs.y.kind").expected.contains("\"log_probabilities\""));
+        assert_eq!(problem("limits.max_queue_bytes").expected, SIZE_FORM);
+        assert_eq!(problem("labels").found, "\"../labels.txt\"");
+        assert_eq!(problem("versions").found, "[]");
+        assert_eq!(problems.len(), 10);
+    }
+
+    #[test]
+    fn broken_toml_names_its_line() {
+        let ConfigProblems(problems) = ModelConfig::parse("threads = 1\nlabels = = 2\nbackend = 1").unwrap_err();
+        assert_eq!(problems[0].key, "line 2");
+        assert!(ModelConfig::parse("a = 1\na = 2").is_err());
+    }
+
+    #[test]
+    fn hostile_numbers_are_refused() {
+        for text in ["instances = 2147483648", "[batching]\nmax_batch_size = -1", "[batching]\nmax_delay = \"9000h\""] {
+            assert!(ModelConfig::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn policies_select() {
+        let on_disk: BTreeMap<VersionId, bool> = [(id(1), true), (id(2), true), (id(3), false)].into();
+        let ids = |ids: &[u64]| ids.iter().map(|n| id(*n)).collect::<BTreeSet<_>>();
+        assert_eq!(VersionPolicy::All.select(&on_disk), ids(&[1, 2, 3]));
+        assert_eq!(VersionPolicy::Latest(1).select(&on_disk), ids(&[2, 3]));
+        assert_eq!(VersionPolicy::Latest(9).select(&on_disk), ids(&[1, 2, 3]));
+        assert_eq!(VersionPolicy::Listed(ids(&[1, 7])).select(&on_disk), ids(&[1]));
+        assert_eq!(VersionPolicy::Latest(1).select(&[(id(3), false)].into()), ids(&[3]));
+    }
+
+    #[test]
+    fn nearest_only_when_near() {
+        assert_eq!(nearest("bathcing", ["backend", "batching"]), Some("batching"));
+        assert_eq!(nearest("zzz", ["backend", "batching"]), None);
+    }
+}

@@ -1,0 +1,81 @@
+//! One instance run by the loader: for the self-test, warm-ups and goldens, before any worker gets it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::backend::{Batch, Instance, LoadError, Model};
+use crate::scheduler::Gate;
+use crate::tensor::Tensor;
+
+/// Longest part of an engine's message that is repeated, in characters.
+const MESSAGE_LIMIT: usize = 200;
+
+pub struct Probe {
+    model: Arc<dyn Model>,
+    /// `None` after a panic, until the next run makes another.
+    instance: Option<Box<dyn Instance>>,
+    /// Runs wait their turn among those of versions that serve.
+    gate: Arc<Gate>,
+    threads: usize,
+    clock: Box<dyn FnMut() -> Instant>,
+    spent: Duration,
+}
+
+impl Probe {
+    /// `threads`: what one run takes from the gate.
+    pub fn new(model: Arc<dyn Model>, gate: Arc<Gate>, threads: usize) -> Result<Probe, LoadError> {
+        let instance = Some(model.instance()?);
+        Ok(Probe { model, instance, gate, threads, clock: Box::new(Instant::now), spent: Duration::ZERO })
+    }
+
+    #[cfg(test)]
+    pub fn with_clock(mut self, clock: impl FnMut() -> Instant + 'static) -> Probe {
+        self.clock = Box::new(clock);
+        self
+    }
+
+    pub fn model(&self) -> &Arc<dyn Model> {
+        &self.model
+    }
+
+    /// The time all runs so far have taken, without the waiting for their turns.
+    pub fn spent(&self) -> Duration {
+        self.spent
+    }
+
+    /// Runs the jobs as one batch. The error is the first line of what the engine says.
+    pub fn run(&mut self, jobs: &[&[Tensor]]) -> Result<Vec<Tensor>, String> {
+        let mut instance = match self.instance.take() {
+            Some(instance) => instance,
+            None => self.model.instance().map_err(|error| first_line(&error.to_string()))?,
+        };
+        let turn = self.gate.acquire(self.threads);
+        let begin = (self.clock)();
+        // An instance is not used again after a panic, so nobody sees what it left half-done.
+        let outcome = catch_unwind(AssertUnwindSafe(|| instance.run(&Batch::new(jobs))));
+        self.spent += (self.clock)().saturating_duration_since(begin);
+        drop(turn);
+        let Ok(outcome) = outcome else { return Err("the engine panicked".into()) };
+        self.instance = Some(instance);
+        let outputs = outcome.map_err(|error| first_line(&error.to_string()))?;
+        let expected = self.model.signature().outputs.len();
+        if outputs.len() != expected {
+            return Err(format!("{} outputs, expected {expected}", outputs.len()));
+        }
+        Ok(outputs)
+    }
+
+    /// The instance, warm, for a worker.
+    pub fn into_instance(self) -> Result<Box<dyn Instance>, LoadError> {
+        match self.instance {
+            Some(instance) => Ok(instance),
+            None => self.model.instance(),
+        }
+    }
+}
+
+fn first_line(message: &str) -> String {
+    let line = message.lines().find(|line| !line.trim().is_empty()).unwrap_or("no message").trim();
+    line.chars().filter(|c| !c.is_control()).take(MESSAGE_LIMIT).collect()
+}

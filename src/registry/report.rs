@@ -1,0 +1,80 @@
+//! Loading without serving: what `tidegate inspect` shows and `tidegate validate` checks.
+
+use std::sync::Arc;
+
+use super::engines::Engines;
+use super::loader::{Failure, Loader, check_goldens};
+use super::source::{Discovered, Scan};
+use super::version::Facts;
+use super::{Config, RegistryError};
+use crate::request::VersionId;
+use crate::scheduler::Gate;
+
+/// What became of one version.
+#[derive(Clone, Debug)]
+pub struct Report {
+    pub model: Arc<str>,
+    pub version: VersionId,
+    /// How it was loaded, or why it would not be served.
+    pub outcome: Result<Facts, String>,
+    /// Golden cases that agreed; `None` where there are none or they were not asked for.
+    pub goldens: Option<usize>,
+}
+
+/// Loads one model, or one of its versions, the way `serve` would. `config.root` is the model's folder, a version's, or an
+/// `.onnx` file.
+pub fn inspect(config: &Config, cores: usize) -> Result<Vec<Report>, RegistryError> {
+    let mut folder = config.folder();
+    let scan = folder.scan_one()?;
+    if scan.versions.is_empty() {
+        return Err(folder.empty(&scan).into());
+    }
+    report(config, cores, scan, false)
+}
+
+/// Loads and warms every version of a registry and compares each with its golden cases, where it has some.
+pub fn validate(config: &Config, cores: usize) -> Result<Vec<Report>, RegistryError> {
+    let mut folder = config.folder();
+    let scan = folder.scan()?;
+    if scan.versions.is_empty() {
+        return Err(folder.empty(&scan).into());
+    }
+    report(config, cores, scan, true)
+}
+
+fn report(config: &Config, cores: usize, scan: Scan, goldens: bool) -> Result<Vec<Report>, RegistryError> {
+    let engines = Engines::find(&config.engines).map_err(RegistryError::Engine)?;
+    report_with(config, engines, cores, scan, goldens)
+}
+
+pub(super) fn report_with(
+    config: &Config,
+    engines: Engines,
+    cores: usize,
+    scan: Scan,
+    goldens: bool,
+) -> Result<Vec<Report>, RegistryError> {
+    let cache = Arc::new(config.open_cache()?);
+    let loader = Loader { cache: Arc::clone(&cache), engines, cores, gate: Gate::new(cores) };
+    let reports = scan.versions.values().map(|found| one(&loader, found, goldens)).collect();
+    cache.remove();
+    Ok(reports)
+}
+
+fn one(loader: &Loader, found: &Discovered, goldens: bool) -> Report {
+    let load = || -> Result<(Facts, Option<usize>), Failure> {
+        let mut loaded = loader.load(found, loader.stage(found)?, || {})?;
+        let compared = if goldens { check_goldens(found, &mut loaded.probe) } else { Ok(None) };
+        let facts = loaded.facts.clone();
+        loader.discard(loaded);
+        Ok((facts, compared?))
+    };
+    let outcome = load();
+    let goldens = outcome.as_ref().ok().and_then(|(_, goldens)| *goldens);
+    Report {
+        model: Arc::clone(&found.key.model),
+        version: found.key.version,
+        outcome: outcome.map(|(facts, _)| facts).map_err(|failure| failure.to_string()),
+        goldens,
+    }
+}

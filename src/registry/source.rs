@@ -1,0 +1,519 @@
+//! The folder source: looks at a registry on disk and says which versions are there. Reads names, file facts and
+//! `model.toml`; opens no model.
+//!
+//! Layouts: `<root>/<name>/<version>/model.onnx`, `<root>/<name>/model.onnx` (version 1), `<root>/model.onnx`, and a
+//! root that is itself an `.onnx` file (the last two are named by the configuration). Hidden entries and folders whose
+//! name is no version are stepped over. Symbolic links are followed inside the root only.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, Metadata};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::model_config::ModelConfig;
+use crate::error::quoted;
+use crate::request::{MAX_NAME_BYTES, VersionId};
+
+pub const MODEL_FILE: &str = "model.onnx";
+pub const CONFIG_FILE: &str = "model.toml";
+pub const GOLDEN_FILE: &str = "expected.json";
+
+/// Entries of one folder, and files of one version, that are looked at; more make it an error.
+const MAX_ENTRIES: usize = 100_000;
+/// How deep folders inside a version are looked at for changes (external data may lie in folders).
+const MAX_DEPTH: usize = 8;
+/// Longest `model.toml`, in bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// A version's place in the registry.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    pub model: Arc<str>,
+    pub version: VersionId,
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.model, self.version)
+    }
+}
+
+/// A version found on disk, not yet opened.
+#[derive(Clone, Debug)]
+pub struct Discovered {
+    pub key: Key,
+    /// The ONNX file. External data lies below its folder.
+    pub model: PathBuf,
+    /// The model's own folder: `model.toml`, labels and warm-up files.
+    pub folder: PathBuf,
+    /// The settings, or what is wrong with `model.toml`.
+    pub config: Result<Arc<ModelConfig>, String>,
+    /// Why it may not be opened at all (a link that leaves the registry).
+    pub refused: Option<String>,
+    pub fingerprint: Fingerprint,
+}
+
+/// Everything about a version's files that changes when they do. Equal fingerprints mean that nothing was touched.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fingerprint(Vec<FileFacts>);
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct FileFacts {
+    path: PathBuf,
+    size: u64,
+    modified: (i64, i64),
+    inode: u64,
+}
+
+/// What one look at the registry found.
+#[derive(Clone, Debug, Default)]
+pub struct Scan {
+    pub versions: BTreeMap<Key, Discovered>,
+    /// Models whose folder could not be read this time: nothing is known of their versions.
+    pub unreadable: BTreeMap<Arc<str>, String>,
+    /// What a person should know: names and links that were stepped over.
+    pub notes: Vec<String>,
+}
+
+/// Why a registry cannot be looked at. Meant for operators.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SourceError {
+    #[error("registry `{root}`: {reason}")]
+    Root { root: String, reason: String },
+    #[error(
+        "registry `{root}` holds no model, expected `<model>/<version>/{MODEL_FILE}`, `<model>/{MODEL_FILE}` or \
+         `{MODEL_FILE}`{notes}"
+    )]
+    Empty { root: String, notes: String },
+}
+
+pub struct Folder {
+    root: PathBuf,
+    /// What a bare model file is called.
+    model_name: Arc<str>,
+    /// Parsed `model.toml` files by path, kept while their facts stay the same.
+    configs: HashMap<PathBuf, (FileFacts, Config)>,
+}
+
+type Config = Result<Arc<ModelConfig>, String>;
+
+impl Folder {
+    pub fn new(root: PathBuf, model_name: &str) -> Folder {
+        Folder { root, model_name: model_name.into(), configs: HashMap::new() }
+    }
+
+    pub fn scan(&mut self) -> Result<Scan, SourceError> {
+        let root = fs::canonicalize(&self.root).map_err(|error| self.unusable(error))?;
+        let mut scan = Scan::default();
+        if root.is_file() {
+            self.scan_file(&root, &mut scan);
+            return Ok(scan);
+        }
+        let entries = entries(&root).map_err(|error| self.unusable(error))?;
+        let name = Arc::clone(&self.model_name);
+        self.add_loose(&root, &root, &name, &mut scan);
+        for entry in entries {
+            self.scan_model(&root, &entry, &mut scan);
+        }
+        Ok(scan)
+    }
+
+    /// One model's own folder (or one version's), looked at as if its parent were a registry of that model alone.
+    pub fn scan_one(&mut self) -> Result<Scan, SourceError> {
+        let path = fs::canonicalize(&self.root).map_err(|error| self.unusable(error))?;
+        let mut scan = Scan::default();
+        if path.is_file() {
+            self.scan_file(&path, &mut scan);
+            return Ok(scan);
+        }
+        let version = file_name(&path).and_then(|name| VersionId::parse(&name));
+        let folder = match (version, path.parent()) {
+            (Some(_), Some(parent)) if path.join(MODEL_FILE).exists() => parent.to_path_buf(),
+            _ => path,
+        };
+        self.scan_model(&folder.clone(), &folder, &mut scan);
+        if let Some(version) = version {
+            scan.versions.retain(|key, _| key.version == version);
+        }
+        Ok(scan)
+    }
+
+    pub fn empty(&self, scan: &Scan) -> SourceError {
+        let mut notes: Vec<&str> = scan.notes.iter().map(String::as_str).collect();
+        notes.extend(scan.unreadable.values().map(String::as_str));
+        let notes = if notes.is_empty() { String::new() } else { format!(" ({})", notes.join("; ")) };
+        SourceError::Empty { root: self.root.display().to_string(), notes }
+    }
+
+    fn unusable(&self, error: std::io::Error) -> SourceError {
+        SourceError::Root { root: self.root.display().to_string(), reason: error.to_string() }
+    }
+
+    fn scan_file(&mut self, model: &Path, scan: &mut Scan) {
+        let name = Arc::clone(&self.model_name);
+        let folder = model.parent().unwrap_or(model).to_path_buf();
+        // Whatever else lies beside a file that was named by itself is not looked at.
+        let files = [model.to_path_buf(), folder.join(CONFIG_FILE)];
+        let facts = files.iter().filter_map(|path| Some(facts(path, &fs::metadata(path).ok()?))).collect();
+        self.add(&folder, &folder, first(&name), model, Ok(Fingerprint(facts)), scan);
+    }
+
+    fn scan_model(&mut self, root: &Path, folder: &Path, scan: &mut Scan) {
+        let Some(name) = file_name(folder) else {
+            scan.notes.push(format!("`{}` is not UTF-8: ignored", quoted(&folder.to_string_lossy())));
+            return;
+        };
+        if !folder.is_dir() {
+            return;
+        }
+        if name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control) {
+            scan.notes.push(format!(
+                "`{}` cannot be a model's name, expected at most {MAX_NAME_BYTES} bytes without control characters: \
+                 ignored",
+                quoted(&name)
+            ));
+            return;
+        }
+        match confined(root, folder) {
+            Ok(true) => {}
+            Ok(false) => {
+                scan.notes.push(format!("`{name}` is a symbolic link that leaves the registry: ignored"));
+                return;
+            }
+            Err(error) => {
+                scan.unreadable.insert(name.as_str().into(), format!("`{name}`: {error}"));
+                return;
+            }
+        }
+        let name: Arc<str> = name.into();
+        match entries(folder) {
+            Err(error) => {
+                scan.unreadable.insert(Arc::clone(&name), format!("`{name}`: {error}"));
+            }
+            Ok(entries) => {
+                self.add_loose(root, folder, &name, scan);
+                for entry in entries {
+                    self.add_version(root, folder, &name, &entry, scan);
+                }
+            }
+        }
+    }
+
+    /// A model file straight in the model's folder: version 1, unless there is a folder `1`.
+    fn add_loose(&mut self, root: &Path, folder: &Path, name: &Arc<str>, scan: &mut Scan) {
+        let model = folder.join(MODEL_FILE);
+        if fs::symlink_metadata(&model).is_ok() {
+            self.add(root, folder, first(name), &model, fingerprint(folder, folder), scan);
+        }
+    }
+
+    fn add_version(&mut self, root: &Path, folder: &Path, name: &Arc<str>, entry: &Path, scan: &mut Scan) {
+        let Some(version) = file_name(entry).and_then(|name| VersionId::parse(&name)) else { return };
+        let model = entry.join(MODEL_FILE);
+        if fs::symlink_metadata(&model).is_err() {
+            return;
+        }
+        let key = Key { model: Arc::clone(name), version };
+        if scan.versions.contains_key(&key) {
+            scan.notes.push(format!("`{name}/{MODEL_FILE}` is hidden by `{name}/{version}/{MODEL_FILE}`"));
+        }
+        self.add(root, folder, key, &model, fingerprint(folder, entry), scan);
+    }
+
+    fn add(
+        &mut self,
+        root: &Path,
+        folder: &Path,
+        key: Key,
+        model: &Path,
+        fingerprint: std::io::Result<Fingerprint>,
+        scan: &mut Scan,
+    ) {
+        let refused = match (&confined(root, model), &fingerprint) {
+            (Ok(true), Ok(_)) if model.is_file() => None,
+            (Ok(true), Ok(_)) => Some(format!("`{MODEL_FILE}` is not a regular file")),
+            (Ok(false), _) => Some(format!("`{MODEL_FILE}` lies behind a symbolic link that leaves the registry")),
+            (Err(error), _) | (_, Err(error)) => Some(format!("`{MODEL_FILE}` cannot be read: {error}")),
+        };
+        let discovered = Discovered {
+            config: self.config(root, folder),
+            key: key.clone(),
+            model: model.to_path_buf(),
+            folder: folder.to_path_buf(),
+            refused,
+            fingerprint: fingerprint.unwrap_or_default(),
+        };
+        scan.versions.insert(key, discovered);
+    }
+
+    fn config(&mut self, root: &Path, folder: &Path) -> Config {
+        let path = folder.join(CONFIG_FILE);
+        let Ok(metadata) = fs::metadata(&path) else {
+            return match fs::symlink_metadata(&path) {
+                Ok(_) => Err(format!("{CONFIG_FILE}: cannot be read")),
+                Err(_) => Ok(Arc::default()),
+            };
+        };
+        let facts = facts(&path, &metadata);
+        match self.configs.get(&path) {
+            Some((known, config)) if *known == facts => config.clone(),
+            _ => {
+                let config = read_text(root, &path, MAX_CONFIG_BYTES)
+                    .map_err(|error| format!("{CONFIG_FILE}: {error}"))
+                    .and_then(|text| ModelConfig::parse(&text).map_err(|problems| problems.to_string()))
+                    .map(Arc::new);
+                self.configs.insert(path, (facts, config.clone()));
+                config
+            }
+        }
+    }
+}
+
+fn first(name: &Arc<str>) -> Key {
+    // Version 1 is positive.
+    Key { model: Arc::clone(name), version: VersionId::new(1).unwrap_or_else(|| unreachable!()) }
+}
+
+/// Reads a text file that must lie, links followed, below `root`. Errors carry no path.
+pub fn read_text(root: &Path, path: &Path, max_bytes: u64) -> Result<String, String> {
+    if !confined(root, path).map_err(|error| error.to_string())? {
+        return Err("lies behind a symbolic link that leaves the registry".into());
+    }
+    if !path.is_file() {
+        return Err("is not a regular file".into());
+    }
+    let file = fs::File::open(path).map_err(|error| error.to_string())?;
+    let mut bytes = Vec::new();
+    file.take(max_bytes + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    if bytes.len() as u64 > max_bytes {
+        return Err(format!("is longer than {max_bytes} bytes"));
+    }
+    String::from_utf8(bytes).map_err(|_| "is not UTF-8".into())
+}
+
+/// Whether the path, links followed, still lies below `root`, which must be canonical.
+pub fn confined(root: &Path, path: &Path) -> std::io::Result<bool> {
+    Ok(fs::canonicalize(path)?.starts_with(root))
+}
+
+/// The visible entries of a folder, sorted by name.
+fn entries(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        if found.len() == MAX_ENTRIES {
+            return Err(std::io::Error::other(format!("more than {MAX_ENTRIES} entries")));
+        }
+        found.push(entry.path());
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The facts of all files of a version: what lies in `version` at any depth, and the files in the model's folder
+/// itself (settings, labels). Other versions and models are left out.
+fn fingerprint(folder: &Path, version: &Path) -> std::io::Result<Fingerprint> {
+    let mut files = Vec::new();
+    collect(version, MAX_DEPTH, &mut files)?;
+    if folder != version {
+        for entry in entries(folder)? {
+            push_file(&entry, &mut files)?;
+        }
+    }
+    files.sort();
+    Ok(Fingerprint(files))
+}
+
+fn collect(folder: &Path, depth: usize, files: &mut Vec<FileFacts>) -> std::io::Result<()> {
+    for entry in entries(folder)? {
+        if !entry.is_dir() {
+            push_file(&entry, files)?;
+            continue;
+        }
+        let other_version = file_name(&entry).is_some_and(|name| VersionId::parse(&name).is_some());
+        if depth > 0 && !other_version && !entry.join(MODEL_FILE).exists() {
+            collect(&entry, depth - 1, files)?;
+        }
+    }
+    Ok(())
+}
+
+fn push_file(path: &Path, files: &mut Vec<FileFacts>) -> std::io::Result<()> {
+    if files.len() == MAX_ENTRIES {
+        return Err(std::io::Error::other(format!("more than {MAX_ENTRIES} files")));
+    }
+    // A file that vanished between listing and looking is simply not there; a dangling link has facts of its own.
+    if let Ok(metadata) = fs::metadata(path).or_else(|_| fs::symlink_metadata(path))
+        && !metadata.is_dir()
+    {
+        files.push(facts(path, &metadata));
+    }
+    Ok(())
+}
+
+fn facts(path: &Path, metadata: &Metadata) -> FileFacts {
+    FileFacts {
+        path: path.to_path_buf(),
+        size: metadata.len(),
+        modified: (metadata.mtime(), metadata.mtime_nsec()),
+        inode: metadata.ino(),
+    }
+}
+
+fn file_name(path: &Path) -> Option<String> {
+    path.file_name()?.to_str().map(str::to_string)
+}
+
+#[cfg(test)]
+pub(super) mod tests_support {
+    use super::*;
+
+    /// A version that exists only in a test, told apart by the size of its one file.
+    pub fn discovered(model: &str, version: u64, size: u64) -> Discovered {
+        let file = FileFacts { path: MODEL_FILE.into(), size, modified: (0, 0), inode: 0 };
+        Discovered {
+            key: Key { model: model.into(), version: VersionId::new(version).unwrap() },
+            model: MODEL_FILE.into(),
+            folder: PathBuf::new(),
+            config: Ok(Arc::default()),
+            refused: None,
+            fingerprint: Fingerprint(vec![file]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    struct Root(tempfile::TempDir);
+
+    impl Root {
+        fn new() -> Root {
+            Root(tempfile::tempdir().unwrap())
+        }
+
+        fn file(&self, path: &str, content: &str) -> &Root {
+            let path = self.0.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+            self
+        }
+
+        fn scan(&self) -> Scan {
+            Folder::new(self.0.path().to_path_buf(), "model").scan().unwrap()
+        }
+
+        fn keys(&self) -> Vec<String> {
+            self.scan().versions.keys().map(Key::to_string).collect()
+        }
+    }
+
+    #[test]
+    fn every_layout_is_found_and_everything_else_stepped_over() {
+        let root = Root::new();
+        root.file("a/2/model.onnx", "x").file("a/10/model.onnx", "x").file("b/model.onnx", "x");
+        root.file("a/02/model.onnx", "x").file("a/latest/model.onnx", "x").file("a/3/weights.bin", "x");
+        root.file(".git/1/model.onnx", "x").file("a/.5/model.onnx", "x").file("README.md", "x").file("empty/x", "x");
+        assert_eq!(root.keys(), ["a/2", "a/10", "b/1"]);
+        root.file("model.onnx", "x");
+        assert_eq!(root.keys(), ["a/2", "a/10", "b/1", "model/1"]);
+    }
+
+    #[test]
+    fn a_root_that_is_a_file_and_one_model_alone() {
+        let root = Root::new();
+        root.file("x/net.onnx", "x").file("a/2/model.onnx", "x").file("a/3/model.onnx", "x").file("a/model.toml", "");
+        let scan = Folder::new(root.0.path().join("x/net.onnx"), "mine").scan().unwrap();
+        assert_eq!(scan.versions.keys().map(Key::to_string).collect::<Vec<_>>(), ["mine/1"]);
+        let one = |path: &str| {
+            let scan = Folder::new(root.0.path().join(path), "model").scan_one().unwrap();
+            scan.versions.keys().map(Key::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(one("a"), ["a/2", "a/3"]);
+        assert_eq!(one("a/3"), ["a/3"]);
+        assert_eq!(one("x/net.onnx"), ["model/1"]);
+    }
+
+    #[test]
+    fn a_missing_root_is_an_error() {
+        let error = Folder::new("/nonexistent/registry".into(), "m").scan().unwrap_err();
+        assert!(error.to_string().starts_with("registry `/nonexistent/registry`: "), "{error}");
+    }
+
+    #[test]
+    fn an_explicit_version_hides_the_loose_file() {
+        let root = Root::new();
+        root.file("a/model.onnx", "loose").file("a/1/model.onnx", "x");
+        let scan = root.scan();
+        assert_eq!(scan.versions.len(), 1);
+        assert!(scan.versions.values().all(|found| found.model.ends_with("a/1/model.onnx")));
+        assert!(scan.notes[0].contains("hidden"));
+    }
+
+    #[test]
+    fn links_inside_the_root_are_followed_and_those_out_of_it_refused() {
+        let outside = Root::new();
+        outside.file("1/model.onnx", "x");
+        let root = Root::new();
+        root.file("a/1/model.onnx", "x").file("b/1/note", "").file("c/..data/model.onnx", "x").file("c/1/note", "");
+        symlink("1", root.0.path().join("a/2")).unwrap();
+        symlink(outside.0.path().join("1/model.onnx"), root.0.path().join("b/1/model.onnx")).unwrap();
+        symlink("../..data/model.onnx", root.0.path().join("c/1/model.onnx")).unwrap();
+        symlink(outside.0.path(), root.0.path().join("d")).unwrap();
+        symlink(outside.0.path().join("1"), root.0.path().join("a/3")).unwrap();
+        symlink("nowhere", root.0.path().join("a/4")).unwrap();
+        let scan = root.scan();
+        let refused: Vec<String> =
+            scan.versions.iter().filter(|(_, found)| found.refused.is_some()).map(|(key, _)| key.to_string()).collect();
+        assert_eq!(root.keys(), ["a/1", "a/2", "a/3", "b/1", "c/1"]);
+        assert_eq!(refused, ["a/3", "b/1"]);
+        assert!(scan.notes[0].contains("`d` is a symbolic link that leaves the registry"));
+    }
+
+    #[test]
+    fn settings_are_read_with_the_scan_and_their_problems_kept() {
+        let root = Root::new();
+        root.file("a/1/model.onnx", "x").file("a/model.toml", "threads = 3");
+        root.file("b/1/model.onnx", "x").file("b/model.toml", "thread = 3");
+        let scan = root.scan();
+        let configs: Vec<_> = scan.versions.values().map(|found| &found.config).collect();
+        assert_eq!(configs[0].as_ref().unwrap().threads, Some(3));
+        assert!(configs[1].as_ref().unwrap_err().contains("`threads`, perhaps"));
+    }
+
+    #[test]
+    fn fingerprints_see_every_file_of_a_version_and_no_other() {
+        let root = Root::new();
+        root.file("a/1/model.onnx", "x")
+            .file("a/1/data/w.bin", "x")
+            .file("a/2/model.onnx", "x")
+            .file("a/labels.txt", "x");
+        let prints = || {
+            let scan = root.scan();
+            scan.versions.into_values().map(|found| found.fingerprint).collect::<Vec<_>>()
+        };
+        let before = prints();
+        root.file("a/1/data/w.bin", "longer");
+        let weights = prints();
+        assert!(before[0] != weights[0] && before[1] == weights[1]);
+        root.file("a/labels.txt", "longer");
+        let labels = prints();
+        assert!(weights[0] != labels[0] && weights[1] != labels[1]);
+    }
+
+    #[test]
+    fn bad_names_are_noted() {
+        let root = Root::new();
+        root.file("a\nb/1/model.onnx", "x");
+        let scan = root.scan();
+        assert!(scan.versions.is_empty() && scan.notes[0].contains("a\\nb"));
+        assert!(Folder::new("r".into(), "m").empty(&scan).to_string().contains("holds no model"));
+    }
+}

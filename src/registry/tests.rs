@@ -1,0 +1,343 @@
+//! Helpers of this module's tests, and the registry as a whole on the fake engine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::probe::Probe;
+use super::{Config, Engines, Registry, Status, Version, report};
+use crate::backend::RunError;
+use crate::backend::fake::Fake;
+use crate::error::Kind;
+use crate::monitor::Monitor;
+use crate::request::{Budget, BudgetConfig, ModelRef, Prepared, Priority, VersionId};
+use crate::scheduler::Gate;
+use crate::tensor::{DataType, Dim, Shape, Signature, Tensor, TensorSpec};
+
+/// Names, datatypes and dimensions, -1 for a free one.
+pub fn signature(inputs: &[(&str, DataType, &[i64])], outputs: &[(&str, DataType, &[i64])]) -> Signature {
+    let spec = |(name, dtype, dims): &(&str, DataType, &[i64])| TensorSpec {
+        name: (*name).into(),
+        dtype: *dtype,
+        dims: Some(dims.iter().map(|d| usize::try_from(*d).map_or(Dim::Free(None), Dim::Fixed)).collect()),
+    };
+    Signature { inputs: inputs.iter().map(spec).collect(), outputs: outputs.iter().map(spec).collect() }
+}
+
+/// A model made of a closure, ready to be asked.
+pub fn probe(
+    signature: &Signature,
+    run: impl Fn(&[Tensor]) -> Result<Vec<Tensor>, RunError> + Send + Sync + 'static,
+) -> Probe {
+    let model = Arc::new(Fake::new(signature.clone()).computing(run));
+    Probe::new(model, Gate::new(1), 1).unwrap()
+}
+
+/// A registry of copies of the repository's own small models, on a fake engine.
+struct Setup {
+    dir: tempfile::TempDir,
+    fake: Fake,
+    monitor: Arc<Monitor>,
+}
+
+impl Setup {
+    /// `fake` computes; its signature is each file's own.
+    fn new(fake: Fake) -> Setup {
+        Setup { dir: tempfile::tempdir().unwrap(), fake, monitor: Monitor::new() }
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.dir.path().join("models").join(path)
+    }
+
+    /// Copies a file of the repository.
+    fn copy(&self, from: &str, to: &str) -> &Setup {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join(from);
+        self.write(to, fs::read(from).unwrap())
+    }
+
+    fn write(&self, to: &str, content: impl AsRef<[u8]>) -> &Setup {
+        fs::create_dir_all(self.path(to).parent().unwrap()).unwrap();
+        fs::write(self.path(to), content).unwrap();
+        self
+    }
+
+    fn config(&self) -> Config {
+        Config {
+            root: self.path(""),
+            cache_dir: Some(self.dir.path().join("cache")),
+            drain_timeout: Duration::from_secs(60),
+            ..Config::default()
+        }
+    }
+
+    fn engines(&self) -> Engines {
+        Engines {
+            onnxruntime: Some(Arc::new(self.fake.clone())),
+            tract: None,
+            onnxruntime_reason: "a fake".into(),
+            details: String::new(),
+        }
+    }
+
+    fn start(&self) -> Arc<Registry> {
+        let monitor = Arc::clone(&self.monitor);
+        let registry = Registry::start_with(self.config(), self.engines(), 2, Gate::new(2), monitor).unwrap();
+        registry.wait_loaded();
+        registry
+    }
+
+    fn cached(&self) -> usize {
+        let entries = fs::read_dir(self.dir.path().join("cache")).unwrap().map(|entry| entry.unwrap().path());
+        entries.filter(|path| path.is_dir()).map(|run| fs::read_dir(run).unwrap().count()).sum()
+    }
+}
+
+/// Two looks: a change counts when it was seen twice.
+fn settle(registry: &Registry) {
+    registry.poll();
+    registry.poll();
+}
+
+/// `model/version state`, with the reason where there is one.
+fn index(registry: &Registry) -> Vec<String> {
+    let line = |status: Status| format!("{}/{} {:?} {}", status.model, status.version, status.state, status.reason);
+    registry.status().into_iter().map(|status| line(status).trim_end().to_string()).collect()
+}
+
+fn choose(registry: &Registry, name: &str, version: Option<u64>) -> crate::error::Result<Arc<Version>> {
+    let version = version.and_then(VersionId::new);
+    registry.table().choose(&ModelRef { name: name.into(), version })
+}
+
+/// One FP32 row of `width` ones through the version's scheduler.
+fn submit(version: &Version, width: usize) -> crate::error::Result<Vec<Tensor>> {
+    let tensor = Tensor::from_vec(Shape::new([1, width]).unwrap(), vec![1f32; width]).unwrap();
+    let prepared = Prepared {
+        inputs: vec![tensor],
+        outputs: vec![0],
+        rows: 1,
+        key: Box::default(),
+        deadline: None,
+        priority: Priority::default(),
+    };
+    let permit = Budget::new(BudgetConfig::default()).admit(0, Instant::now()).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    runtime.block_on(version.scheduler().submit(prepared, permit)).map(|answer| answer.outputs)
+}
+
+const SENTINEL: &str = "tests/traps/sentinel/1/model.onnx";
+const LOGITS: &str = "tests/traps/logits/1/model.onnx";
+
+fn echo() -> Fake {
+    Fake::echo(1)
+}
+
+fn stop(registry: &Registry) {
+    assert_eq!(registry.shutdown(Instant::now() + Duration::from_secs(60)), 0);
+}
+
+#[test]
+fn versions_load_and_a_bad_one_fails_alone() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx").copy(SENTINEL, "m/3/model.onnx");
+    setup.copy("tests/traps_bad/corrupt/1/model.onnx", "m/4/model.onnx").write("empty/1/model.onnx", "");
+    let registry = setup.start();
+    let index = index(&registry);
+    assert!(index[0].starts_with("empty/1 Failed not an ONNX model"), "{index:?}");
+    assert_eq!(index[1..3], ["m/1 Ready", "m/3 Ready"]);
+    assert!(index[3].starts_with("m/4 Failed not an ONNX model"));
+    assert!(registry.is_loaded() && !registry.all_ready());
+    let version = choose(&registry, "m", None).unwrap();
+    assert_eq!((version.id().to_string(), version.platform()), ("3".into(), "fake"));
+    assert!(version.batching().enabled, "{:?}", version.facts().batching);
+    assert_eq!(version.facts().backend_reason, "a fake");
+    assert_eq!(submit(&version, 8).unwrap()[0].shape().dims(), [1, 8]);
+    assert_eq!(choose(&registry, "empty", None).err().unwrap().kind(), Kind::NotFound);
+    // Equal content is kept once.
+    assert_eq!(setup.cached(), 1);
+    drop(version);
+    stop(&registry);
+    assert_eq!(setup.cached(), 0);
+}
+
+#[test]
+fn what_the_file_says_of_its_rows_is_the_reason() {
+    let setup = Setup::new(echo());
+    for trap in ["int8_dynamic", "recurrent", "scalar", "fixed_batch"] {
+        setup.copy(&format!("tests/traps/{trap}/1/model.onnx"), &format!("{trap}/model.onnx"));
+    }
+    let registry = setup.start();
+    let reason = |name| choose(&registry, name, Some(1)).unwrap().facts().batching.reason.clone();
+    assert!(reason("int8_dynamic").contains("DynamicQuantizeLinear"));
+    assert_eq!(reason("recurrent"), "input `state` has a fixed leading dimension of 2");
+    assert_eq!(reason("scalar"), "input `scale` is a scalar, without a leading dimension");
+    assert_eq!(reason("fixed_batch"), "input `image` has a fixed leading dimension of 1");
+    stop(&registry);
+}
+
+#[test]
+fn a_version_that_is_added_serves_and_one_that_is_removed_drains() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    let registry = setup.start();
+    setup.copy(LOGITS, "m/2/model.onnx");
+    registry.poll();
+    assert_eq!(index(&registry), ["m/1 Ready"]);
+    registry.poll();
+    assert_eq!(index(&registry), ["m/1 Ready", "m/2 Ready"]);
+    // A request chooses version 2, which is removed before it is submitted.
+    let chosen = choose(&registry, "m", None).unwrap();
+    fs::remove_dir_all(setup.path("m/2")).unwrap();
+    settle(&registry);
+    assert_eq!(index(&registry), ["m/1 Ready", "m/2 Draining"]);
+    assert_eq!(choose(&registry, "m", None).unwrap().id().to_string(), "1");
+    assert_eq!(choose(&registry, "m", Some(2)).err().unwrap().kind(), Kind::NotFound);
+    assert!(submit(&chosen, 4).is_ok());
+    drop(chosen);
+    let patience = Instant::now() + Duration::from_secs(60);
+    while registry.status().len() > 1 || setup.cached() > 1 {
+        assert!(Instant::now() < patience, "version 2 is never retired");
+        registry.poll();
+    }
+    stop(&registry);
+}
+
+#[test]
+fn a_replacement_takes_over_and_a_failed_one_does_not() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    let registry = setup.start();
+    let first = choose(&registry, "m", None).unwrap();
+    setup.write("m/1/model.onnx", "broken");
+    settle(&registry);
+    let index_now = index(&registry);
+    assert!(
+        index_now[0].starts_with("m/1 Ready still serving the files before the last change, which failed: not an ONNX"),
+        "{index_now:?}"
+    );
+    assert!(Arc::ptr_eq(&first, &choose(&registry, "m", None).unwrap()));
+    setup.copy(LOGITS, "m/1/model.onnx");
+    settle(&registry);
+    assert_eq!(index(&registry), ["m/1 Ready"]);
+    let second = choose(&registry, "m", Some(1)).unwrap();
+    assert_ne!(first.digest(), second.digest());
+    assert!(submit(&first, 8).is_ok(), "the old version answers whoever still holds it");
+    drop((first, second));
+    stop(&registry);
+}
+
+#[test]
+fn files_that_were_only_touched_load_nothing() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    let registry = setup.start();
+    let first = choose(&registry, "m", None).unwrap();
+    setup.copy(SENTINEL, "m/1/copy").write("m/README.md", "more");
+    fs::rename(setup.path("m/1/copy"), setup.path("m/1/model.onnx")).unwrap();
+    settle(&registry);
+    assert!(Arc::ptr_eq(&first, &choose(&registry, "m", None).unwrap()));
+    setup.write("m/model.toml", "batching = false");
+    settle(&registry);
+    assert!(!choose(&registry, "m", None).unwrap().batching().enabled);
+    drop(first);
+    stop(&registry);
+}
+
+#[test]
+fn the_version_policy_changes_what_serves() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx").copy(SENTINEL, "m/2/model.onnx").write("m/3/model.onnx", "broken");
+    setup.write("m/model.toml", "versions = { latest = 1 }");
+    let registry = setup.start();
+    assert_eq!(registry.table().ready_versions("m"), [VersionId::new(2).unwrap()]);
+    assert_eq!(choose(&registry, "m", Some(1)).err().unwrap().kind(), Kind::NotFound);
+    setup.write("m/model.toml", "versions = [1]");
+    settle(&registry);
+    assert_eq!(registry.table().ready_versions("m"), [VersionId::new(1).unwrap()]);
+    setup.write("m/model.toml", "version = 1");
+    settle(&registry);
+    let broken = index(&registry);
+    assert!(broken[0].contains("Ready still serving") && broken[0].contains("`versions`, perhaps"), "{broken:?}");
+    stop(&registry);
+}
+
+#[test]
+fn labels_and_kinds_are_checked_against_the_outputs() {
+    let setup = Setup::new(echo());
+    for model in ["good", "odd", "explicit", "stray"] {
+        setup.copy("models/digits/1/model.onnx", &format!("{model}/1/model.onnx"));
+        setup
+            .write(&format!("{model}/three.txt"), "a\nb\nc\n")
+            .copy("models/digits/labels.txt", &format!("{model}/ten.txt"));
+    }
+    setup.write("good/model.toml", "labels = \"ten.txt\"").write("odd/model.toml", "labels = \"three.txt\"");
+    setup.write("explicit/model.toml", "[outputs.probabilities]\nlabels = \"three.txt\"");
+    setup.write("stray/model.toml", "[outputs.probability]\nkind = \"values\"");
+    let registry = setup.start();
+    let facts = |name| choose(&registry, name, None).unwrap().facts().clone();
+    assert_eq!(facts("good").outputs[0].labels.as_ref().unwrap().len(), 10);
+    let odd = facts("odd");
+    assert!(odd.outputs[0].labels.is_none() && odd.warnings.iter().any(|warning| warning.contains("do not fit")));
+    let index = index(&registry);
+    assert!(index[0].contains("3 names, expected the 10 classes of output `probabilities`"), "{index:?}");
+    assert!(index[3].contains("expected `probabilities`, perhaps"), "{index:?}");
+    stop(&registry);
+}
+
+#[test]
+fn refused_inventions_are_a_warning_and_declared_warm_ups_a_failure() {
+    let refusing = echo().computing(|_| Err(RunError::InvalidArgument("out of bounds\nat node 3".into())));
+    let setup = Setup::new(refusing);
+    setup.copy(SENTINEL, "m/1/model.onnx").copy(SENTINEL, "declared/1/model.onnx");
+    setup.write("declared/model.toml", "warmup = [\"warmup.json\"]");
+    let row = r#"{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 8], "data": [1, 2, 3, 4, 5, 6, 7, 8]}]}"#;
+    setup.write("declared/warmup.json", row);
+    let registry = setup.start();
+    assert_eq!(index(&registry)[0], "declared/1 Failed warm-up `warmup.json`: out of bounds");
+    let facts = choose(&registry, "m", None).unwrap().facts().clone();
+    assert_eq!(facts.warnings, ["warm-up: the model refuses invented inputs: out of bounds"]);
+    assert_eq!(facts.batching.reason, "self-test inconclusive: the model refuses invented inputs: out of bounds");
+    stop(&registry);
+}
+
+#[test]
+fn a_panicking_engine_fails_its_version_only_where_it_must() {
+    let setup = Setup::new(echo().computing(|_| panic!("on purpose")));
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    let registry = setup.start();
+    let facts = choose(&registry, "m", None).unwrap().facts().clone();
+    assert!(!facts.batching.enabled && facts.batching.reason.contains("the engine panicked"));
+    stop(&registry);
+}
+
+#[test]
+fn validation_compares_with_the_goldens_and_serving_does_not_unless_told() {
+    let setup = Setup::new(echo());
+    setup
+        .copy("models/digits/1/model.onnx", "m/1/model.onnx")
+        .copy("models/digits/1/expected.json", "m/1/expected.json");
+    setup.copy(SENTINEL, "plain/1/model.onnx");
+    let scan = setup.config().folder().scan().unwrap();
+    let reports = report::report_with(&setup.config(), setup.engines(), 2, scan.clone(), true).unwrap();
+    assert!(reports[0].outcome.as_ref().unwrap_err().starts_with("`expected.json`: case `held-out row 0`: output"));
+    assert!(reports[1].outcome.is_ok() && reports[1].goldens.is_none());
+    let unchecked = report::report_with(&setup.config(), setup.engines(), 2, scan, false).unwrap();
+    assert!(unchecked.iter().all(|report| report.outcome.is_ok()));
+    assert_eq!(setup.cached(), 0);
+    let registry = setup.start();
+    assert!(registry.all_ready());
+    setup.write("m/model.toml", "[goldens]\non_load = true");
+    settle(&registry);
+    assert!(index(&registry)[0].contains("Ready still serving") && index(&registry)[0].contains("`expected.json`"));
+    stop(&registry);
+}
+
+#[test]
+fn a_root_without_models_is_an_error() {
+    let setup = Setup::new(echo());
+    setup.write("m/README.md", "");
+    let refused = Registry::start_with(setup.config(), setup.engines(), 2, Gate::new(2), Arc::clone(&setup.monitor));
+    assert!(refused.err().unwrap().to_string().contains("holds no model"));
+}

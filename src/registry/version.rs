@@ -1,0 +1,196 @@
+//! One loaded version: what the engine asks of it and what a person may know of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::cache::Cached;
+use super::selftest::BatchDecision;
+use crate::backend::Device;
+use crate::monitor::VersionMonitor;
+use crate::request::{Batching, VersionId};
+use crate::scheduler::{Scheduler, ThreadPlan};
+use crate::tensor::{OutputKind, Signature};
+
+/// Where a version is in its life: Discovered → Loading → Warming → Ready → Draining → Retired, or Failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Found on disk, waiting for its turn.
+    Discovered,
+    Loading,
+    /// Loaded; its rows are compared and it runs for the first time.
+    Warming,
+    Ready,
+    /// Takes no new requests, still answers those it has.
+    Draining,
+    Retired,
+    Failed,
+}
+
+impl State {
+    pub const ALL: [State; 7] = [
+        State::Discovered,
+        State::Loading,
+        State::Warming,
+        State::Ready,
+        State::Draining,
+        State::Retired,
+        State::Failed,
+    ];
+
+    /// Whether `next` may follow. A failed version and a retired one begin anew when their files change.
+    pub fn may_become(self, next: State) -> bool {
+        use State::{Discovered, Draining, Failed, Loading, Ready, Retired, Warming};
+        matches!(
+            (self, next),
+            (Discovered, Loading)
+                | (Loading, Warming | Failed)
+                | (Warming, Ready | Failed)
+                | (Ready, Draining)
+                | (Draining, Retired)
+                | (Failed | Retired, Discovered)
+        )
+    }
+
+    /// Whether it may still become ready by itself.
+    pub fn is_loading(self) -> bool {
+        matches!(self, State::Discovered | State::Loading | State::Warming)
+    }
+}
+
+/// What is known of one output besides its place in the signature.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OutputInfo {
+    pub name: Arc<str>,
+    pub kind: OutputKind,
+    /// Names of the classes, by index.
+    pub labels: Option<Arc<[String]>>,
+}
+
+/// How a version came to be loaded as it is; the same for `inspect`, the log and model metadata.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    pub name: Arc<str>,
+    pub id: VersionId,
+    /// `sha256:<hex>` of the artifact.
+    pub digest: Arc<str>,
+    pub backend: &'static str,
+    pub backend_version: String,
+    /// Why this engine.
+    pub backend_reason: String,
+    pub device: Device,
+    pub signature: Arc<Signature>,
+    /// One per output of the signature.
+    pub outputs: Vec<OutputInfo>,
+    pub batching: BatchDecision,
+    /// The most rows one request may carry, where declared.
+    pub max_batch_size: Option<usize>,
+    pub preferred_rows: usize,
+    pub threads: ThreadPlan,
+    /// The exporter that wrote the file.
+    pub producer: String,
+    /// From the first byte copied to the end of the warm-up.
+    pub load_time: Duration,
+    pub warnings: Vec<String>,
+}
+
+/// A version that serves. Immutable; requests share it by reference count and it is retired by the registry, never by
+/// being dropped.
+pub struct Version {
+    pub(super) facts: Facts,
+    pub(super) scheduler: Scheduler,
+    pub(super) monitor: Arc<VersionMonitor>,
+    pub(super) cached: Cached,
+}
+
+impl Version {
+    pub fn name(&self) -> &Arc<str> {
+        &self.facts.name
+    }
+
+    pub fn id(&self) -> VersionId {
+        self.facts.id
+    }
+
+    /// `sha256:<hex>` of the artifact.
+    pub fn digest(&self) -> &Arc<str> {
+        &self.facts.digest
+    }
+
+    pub fn signature(&self) -> &Arc<Signature> {
+        &self.facts.signature
+    }
+
+    pub fn batching(&self) -> Batching {
+        Batching {
+            enabled: self.facts.batching.enabled,
+            max_batch_size: self.facts.max_batch_size.filter(|_| self.facts.batching.enabled),
+        }
+    }
+
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    pub fn monitor(&self) -> &Arc<VersionMonitor> {
+        &self.monitor
+    }
+
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// As model metadata calls it.
+    pub fn platform(&self) -> &'static str {
+        match self.facts.backend {
+            "onnxruntime" => "onnxruntime_onnx",
+            "tract" => "tract_onnx",
+            other => other,
+        }
+    }
+
+    /// What else a person may want to know, for model metadata. Names no folder.
+    pub fn properties(&self) -> Vec<(&'static str, String)> {
+        let mut properties = self.facts.properties();
+        if self.facts.batching.enabled && !self.scheduler.batches() {
+            for (key, value) in &mut properties {
+                match *key {
+                    "batching" => *value = "off".into(),
+                    "batching_reason" => *value = "demoted: an output did not have one row for each row sent".into(),
+                    _ => {}
+                }
+            }
+        }
+        properties
+    }
+}
+
+impl Facts {
+    pub fn properties(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("backend", self.backend.to_string()),
+            ("backend_version", self.backend_version.clone()),
+            ("backend_reason", self.backend_reason.clone()),
+            ("device", self.device.to_string()),
+            ("digest", self.digest.to_string()),
+            ("batching", if self.batching.enabled { "on" } else { "off" }.to_string()),
+            ("batching_reason", self.batching.reason.clone()),
+            ("threads", self.threads.to_string()),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_follow_their_order_only() {
+        let path = [State::Discovered, State::Loading, State::Warming, State::Ready, State::Draining, State::Retired];
+        assert!(path.windows(2).all(|pair| pair[0].may_become(pair[1])));
+        let allowed: usize =
+            State::ALL.iter().map(|from| State::ALL.iter().filter(|to| from.may_become(**to)).count()).sum();
+        assert_eq!(allowed, 9);
+        assert!(!State::Ready.may_become(State::Failed), "a failed replacement leaves the old version ready");
+        assert!(!State::Draining.may_become(State::Ready));
+    }
+}

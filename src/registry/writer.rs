@@ -1,0 +1,327 @@
+//! The one writer of the table: a thread that looks at the folder, loads what is new, and publishes what changed.
+//!
+//! Everything slow happens between two tables, never while one is replaced. A version fails alone; a replacement that
+//! fails leaves the old version serving.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender};
+use std::time::{Duration, Instant};
+
+use super::Shared;
+use super::loader::{Failure, Loader, Settings};
+use super::model_config::VersionPolicy;
+use super::plan::{self, Candidate, Step};
+use super::retire::Retiring;
+use super::source::{Discovered, Fingerprint, Folder, Key, Scan};
+use super::table::{Entry, Table};
+use super::version::{State, Version};
+use super::watch::Watch;
+use crate::monitor::{Monitor, events};
+use crate::request::VersionId;
+
+/// What the writer is asked to do.
+pub enum Command {
+    /// Look at the folder now, and answer when what settled is applied.
+    Poll(SyncSender<()>),
+    /// A version that left the index is retired.
+    Retired(Key),
+    /// Wake up and see that the registry is stopping.
+    Stop,
+}
+
+pub struct Writer {
+    pub folder: Folder,
+    pub watch: Watch,
+    pub loader: Loader,
+    pub monitor: Arc<Monitor>,
+    pub shared: Arc<Shared>,
+    pub retire: Sender<Retiring>,
+    /// Zero: never look by itself.
+    pub poll_interval: Duration,
+    pub drain_timeout: Duration,
+    pub slots: BTreeMap<Key, Slot>,
+    /// Versions on their way out, for the index.
+    pub draining: Vec<Key>,
+    /// What was last said about the folder, to say it once.
+    pub said: BTreeSet<String>,
+}
+
+/// One version that is served, or should be.
+pub struct Slot {
+    state: State,
+    reason: String,
+    /// The files last tried, successfully or not.
+    tried: Option<Fingerprint>,
+    serving: Option<(Arc<Version>, Settings)>,
+}
+
+impl Slot {
+    fn new() -> Slot {
+        Slot { state: State::Discovered, reason: String::new(), tried: None, serving: None }
+    }
+
+    fn enter(&mut self, next: State) {
+        debug_assert!(self.state.may_become(next), "{:?} → {next:?}", self.state);
+        self.state = next;
+    }
+}
+
+impl Writer {
+    /// Loads what was there at start, then watches the folder until the registry stops.
+    pub fn run(mut self, commands: Receiver<Command>) {
+        self.apply();
+        self.shared.loaded();
+        while !self.shared.stopping() {
+            let received = if self.poll_interval.is_zero() {
+                commands.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            } else {
+                commands.recv_timeout(self.poll_interval)
+            };
+            match received {
+                Ok(Command::Poll(done)) => {
+                    self.look();
+                    // Whoever asked may have left.
+                    let _ = done.send(());
+                }
+                Ok(Command::Retired(key)) => self.forget(&key),
+                Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => self.look(),
+            }
+        }
+    }
+
+    fn look(&mut self) {
+        match self.folder.scan() {
+            Ok(scan) => {
+                self.say(scan_notes(&scan));
+                if self.watch.observe(scan) {
+                    self.apply();
+                }
+            }
+            // Whatever serves goes on serving: a registry that cannot be read is not an empty one.
+            Err(error) => self.say([error.to_string()].into()),
+        }
+    }
+
+    pub fn say(&mut self, notes: BTreeSet<String>) {
+        for note in notes.difference(&self.said) {
+            tracing::warn!("{note}");
+        }
+        self.said = notes;
+    }
+
+    /// Brings what serves in line with what is on disk.
+    fn apply(&mut self) {
+        let models: BTreeSet<Arc<str>> =
+            self.watch.settled().keys().chain(self.slots.keys()).map(|key| Arc::clone(&key.model)).collect();
+        for model in &models {
+            self.admit(model);
+        }
+        // What only leaves does so before anything slow begins.
+        for model in &models {
+            if let Step::Retire(ids) = self.next(model) {
+                self.retire(model, &ids);
+            }
+        }
+        self.publish();
+        for model in &models {
+            while let Step::Load(id) = self.next(model) {
+                if self.shared.stopping() {
+                    return;
+                }
+                self.load(&Key { model: Arc::clone(model), version: id });
+                self.admit(model);
+                self.publish();
+            }
+            if let Step::Retire(ids) = self.next(model) {
+                self.retire(model, &ids);
+            }
+        }
+        self.publish();
+    }
+
+    /// Slots for the versions wanted; those of versions neither wanted nor serving go.
+    fn admit(&mut self, model: &Arc<str>) {
+        let wanted = plan::wanted(&self.policy(model), &self.candidates(model));
+        for id in &wanted {
+            self.slots.entry(Key { model: Arc::clone(model), version: *id }).or_insert_with(Slot::new);
+        }
+        self.slots.retain(|key, slot| key.model != *model || slot.serving.is_some() || wanted.contains(&key.version));
+    }
+
+    fn next(&self, model: &Arc<str>) -> Step {
+        plan::next(&self.policy(model), &self.candidates(model))
+    }
+
+    /// All versions of a model share its `model.toml`; a broken one fails them all, one by one, with its reason.
+    fn policy(&self, model: &Arc<str>) -> VersionPolicy {
+        let config = self.versions(model).find_map(|found| found.config.as_ref().ok());
+        config.map(|config| config.versions.clone()).unwrap_or_default()
+    }
+
+    fn versions(&self, model: &Arc<str>) -> impl Iterator<Item = &Discovered> {
+        self.watch.settled().values().filter(|found| found.key.model == *model)
+    }
+
+    fn candidates(&self, model: &Arc<str>) -> BTreeMap<VersionId, Candidate> {
+        let mut candidates: BTreeMap<VersionId, Candidate> = BTreeMap::new();
+        for found in self.versions(model) {
+            let tried = self.slots.get(&found.key).and_then(|slot| slot.tried.as_ref());
+            let candidate = candidates.entry(found.key.version).or_default();
+            candidate.on_disk = true;
+            candidate.untried = tried != Some(&found.fingerprint);
+        }
+        for (key, slot) in self.slots.iter().filter(|(key, _)| key.model == *model) {
+            candidates.entry(key.version).or_default().serving = slot.serving.is_some();
+        }
+        candidates
+    }
+
+    fn load(&mut self, key: &Key) {
+        let Some(found) = self.watch.settled().get(key).cloned() else { return };
+        let begun = Instant::now();
+        self.begin(key, &found.fingerprint);
+        let outcome = self.try_load(key, &found);
+        // The slot was made by `admit` and is only removed by `retire`.
+        let Some(slot) = self.slots.get_mut(key) else { return };
+        match outcome {
+            Ok(None) => slot.reason.clear(),
+            Ok(Some((version, settings))) => {
+                let version = Arc::new(version);
+                if slot.serving.is_none() {
+                    slot.enter(State::Ready);
+                }
+                slot.reason.clear();
+                let replaced = slot.serving.replace((Arc::clone(&version), settings));
+                self.publish();
+                self.announce(&version);
+                if let Some((old, _)) = replaced {
+                    self.send_off(old, None, "replaced");
+                }
+            }
+            Err(failure) => {
+                let reason = failure.to_string();
+                slot.reason = match &slot.serving {
+                    Some(_) => format!("still serving the files before the last change, which failed: {reason}"),
+                    None => {
+                        slot.enter(State::Failed);
+                        reason.clone()
+                    }
+                };
+                let (model, version, duration) = (&*key.model, key.version, begun.elapsed());
+                events::VersionFailed { model, version, reason: &reason, duration }.emit(&self.monitor);
+            }
+        }
+    }
+
+    fn begin(&mut self, key: &Key, fingerprint: &Fingerprint) {
+        if let Some(slot) = self.slots.get_mut(key) {
+            slot.tried = Some(fingerprint.clone());
+            if slot.serving.is_none() {
+                if slot.state != State::Discovered {
+                    slot.enter(State::Discovered);
+                }
+                slot.enter(State::Loading);
+                slot.reason.clear();
+            }
+        }
+        self.publish();
+    }
+
+    /// The new version, or `None` where the one that serves is the same already.
+    fn try_load(&mut self, key: &Key, found: &Discovered) -> Result<Option<(Version, Settings)>, Failure> {
+        let staged = self.loader.stage(found)?;
+        let serving = self.slots.get(key).and_then(|slot| slot.serving.as_ref());
+        let same = |(version, settings): &(Arc<Version>, Settings)| {
+            *version.digest() == staged.cached.digest && *settings == staged.settings
+        };
+        if serving.is_some_and(same) {
+            self.loader.discard_staged(staged);
+            return Ok(None);
+        }
+        let settings = staged.settings.clone();
+        let (slots, shared, draining) = (&mut self.slots, &self.shared, &self.draining);
+        let loaded = self.loader.load(found, staged, || {
+            if let Some(slot) = slots.get_mut(key).filter(|slot| slot.serving.is_none()) {
+                slot.enter(State::Warming);
+                shared.publish(table(slots, draining));
+            }
+        })?;
+        Ok(Some((self.loader.serve(loaded, &self.monitor)?, settings)))
+    }
+
+    fn announce(&self, version: &Version) {
+        let facts = version.facts();
+        let (model, id) = (&*facts.name, facts.id);
+        events::VersionLoaded {
+            version: &version.monitor,
+            duration: facts.load_time,
+            digest: &facts.digest,
+            backend: facts.backend,
+            backend_version: &facts.backend_version,
+            device: &facts.device.to_string(),
+            batching: facts.batching.enabled,
+        }
+        .emit(&self.monitor);
+        tracing::info!(model, version = %id, enabled = facts.batching.enabled, reason = facts.batching.reason, "batching");
+        for warning in &facts.warnings {
+            tracing::warn!(model, version = %id, "{warning}");
+        }
+    }
+
+    fn retire(&mut self, model: &Arc<str>, ids: &BTreeSet<VersionId>) {
+        let mut leaving = Vec::new();
+        for id in ids {
+            let key = Key { model: Arc::clone(model), version: *id };
+            let on_disk = self.watch.settled().contains_key(&key);
+            if let Some((version, _)) = self.slots.remove(&key).and_then(|slot| slot.serving) {
+                self.draining.push(key.clone());
+                leaving.push((version, key, if on_disk { "not among the versions to serve" } else { "removed" }));
+            }
+        }
+        if !leaving.is_empty() {
+            self.publish();
+        }
+        for (version, key, reason) in leaving {
+            self.send_off(version, Some(key), reason);
+        }
+    }
+
+    /// Hands an unpublished version to the retiring thread.
+    fn send_off(&self, version: Arc<Version>, key: Option<Key>, reason: &str) {
+        events::VersionRetired { version: &version.monitor, reason }.emit();
+        let deadline = Instant::now() + self.drain_timeout;
+        self.shared.lock().retiring += 1;
+        // The retiring thread outlives this one.
+        let _ = self.retire.send(Retiring { version, key, deadline });
+    }
+
+    fn forget(&mut self, key: &Key) {
+        if let Some(at) = self.draining.iter().position(|draining| draining == key) {
+            self.draining.swap_remove(at);
+            self.publish();
+        }
+    }
+
+    fn publish(&self) {
+        self.shared.publish(table(&self.slots, &self.draining));
+    }
+}
+
+pub fn scan_notes(scan: &Scan) -> BTreeSet<String> {
+    scan.notes.iter().chain(scan.unreadable.values()).cloned().collect()
+}
+
+fn table(slots: &BTreeMap<Key, Slot>, draining: &[Key]) -> Table {
+    let mut models: BTreeMap<Arc<str>, BTreeMap<VersionId, Entry>> = BTreeMap::new();
+    let mut put = |key: &Key, entry| models.entry(Arc::clone(&key.model)).or_default().insert(key.version, entry);
+    for key in draining {
+        put(key, Entry { state: State::Draining, reason: String::new(), serving: None });
+    }
+    for (key, slot) in slots {
+        let serving = slot.serving.as_ref().map(|(version, _)| Arc::clone(version));
+        put(key, Entry { state: slot.state, reason: slot.reason.clone(), serving });
+    }
+    Table::new(models)
+}
