@@ -1,0 +1,268 @@
+//! Messages to requests and answers to messages. Pure; answers share their tensors' memory.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::proto::infer_parameter::ParameterChoice;
+use super::proto::model_infer_request::InferRequestedOutputTensor;
+use super::proto::model_infer_response::InferOutputTensor;
+use super::proto::{InferParameter, ModelInferRequest, ModelInferResponse};
+use super::{ORIGIN, inputs};
+use crate::error::{Error, Kind, Result, quoted};
+use crate::request::{InferRequest, InferResponse, MAX_NAME_BYTES, ModelRef, NamedTensor, Permit, Priority, VersionId};
+
+pub(super) type Parameters = HashMap<String, InferParameter>;
+
+/// The request as sent. Its counts were checked before it was decoded.
+pub(super) fn request(message: ModelInferRequest) -> Result<InferRequest> {
+    let ModelInferRequest { model_name, model_version, id, parameters, inputs, outputs, raw_input_contents } = message;
+    let model = model(model_name, &model_version)?;
+    bounded("request id", &id)?;
+    refuse_unsupported(&parameters, "the request")?;
+    Ok(InferRequest {
+        inputs: inputs::tensors(inputs, raw_input_contents, &model.name)?,
+        outputs: outputs.into_iter().map(requested).collect::<Result<_>>()?,
+        timeout: whole(&parameters, "timeout")?.filter(|micros| *micros > 0).map(Duration::from_micros),
+        priority: Priority::from_wire(whole(&parameters, "priority")?.unwrap_or(0)),
+        id,
+        model,
+        route_key: None,
+        origin: ORIGIN,
+    })
+}
+
+/// A model by name and version; the versions "" and "-1" leave the choice to the server.
+pub(super) fn model(name: String, version: &str) -> Result<ModelRef> {
+    bounded("model name", &name)?;
+    let version = match version {
+        "" | "-1" => None,
+        text => Some(VersionId::parse(text).ok_or_else(|| {
+            let (text, name) = (quoted(text), quoted(&name));
+            Error::invalid(format!("model version is '{text}' for model '{name}', expected a whole number from 1 up"))
+        })?),
+    };
+    Ok(ModelRef { name, version })
+}
+
+/// The answer as a message, outputs always raw, and the place that the request held.
+pub(super) fn response(response: InferResponse) -> (ModelInferResponse, Permit) {
+    let InferResponse { id, prediction, model, version, digest, outputs, permit, .. } = response;
+    let parameters = [("prediction_id", prediction.to_string()), ("model_digest", digest.to_string())];
+    let (outputs, raw_output_contents) = outputs.into_iter().map(output).unzip();
+    let message = ModelInferResponse {
+        model_name: model.to_string(),
+        model_version: version.to_string(),
+        id,
+        parameters: parameters.map(|(name, value)| (name.to_string(), string_parameter(value))).into(),
+        outputs,
+        raw_output_contents,
+    };
+    (message, permit)
+}
+
+fn output(NamedTensor { name, tensor }: NamedTensor) -> (InferOutputTensor, Bytes) {
+    let description = InferOutputTensor {
+        name: name.to_string(),
+        datatype: tensor.dtype().name().to_string(),
+        shape: tensor.shape().to_wire(),
+        ..InferOutputTensor::default()
+    };
+    (description, tensor.data().clone())
+}
+
+fn string_parameter(value: String) -> InferParameter {
+    InferParameter { parameter_choice: Some(ParameterChoice::StringParam(value)) }
+}
+
+pub(super) fn bounded(what: &str, text: &str) -> Result<()> {
+    if text.len() > MAX_NAME_BYTES {
+        return Err(Error::invalid(format!("{what} has {} bytes, expected at most {MAX_NAME_BYTES}", text.len())));
+    }
+    Ok(())
+}
+
+fn requested(output: InferRequestedOutputTensor) -> Result<String> {
+    bounded("output name", &output.name)?;
+    refuse_unsupported(&output.parameters, &format!("output '{}'", quoted(&output.name)))?;
+    Ok(output.name)
+}
+
+/// Extensions that are not offered, by the parameters that ask for them.
+const NOT_OFFERED: [&str; 7] = [
+    "sequence_id",
+    "sequence_start",
+    "sequence_end",
+    "shared_memory_region",
+    "shared_memory_byte_size",
+    "shared_memory_offset",
+    "classification",
+];
+
+/// Parameters that would change the answer must not be ignored; all others are the caller's own.
+pub(super) fn refuse_unsupported(parameters: &Parameters, place: &str) -> Result<()> {
+    match NOT_OFFERED.iter().find(|name| parameters.get(**name).is_some_and(is_set)) {
+        Some(name) => Err(Error::new(Kind::Unsupported, format!("parameter `{name}` of {place} is not supported"))),
+        None => Ok(()),
+    }
+}
+
+/// Clients send the default of a feature they don't use.
+fn is_set(parameter: &InferParameter) -> bool {
+    match &parameter.parameter_choice {
+        None => false,
+        Some(ParameterChoice::BoolParam(value)) => *value,
+        Some(ParameterChoice::Int64Param(value)) => *value != 0,
+        Some(ParameterChoice::Uint64Param(value)) => *value != 0,
+        Some(ParameterChoice::DoubleParam(value)) => *value != 0.0,
+        Some(ParameterChoice::StringParam(value)) => !value.is_empty(),
+    }
+}
+
+/// A parameter that is a whole number from 0 up, in either integer kind.
+fn whole(parameters: &Parameters, name: &str) -> Result<Option<u64>> {
+    let expected =
+        |found: &str| Error::invalid(format!("parameter `{name}` is {found}, expected a whole number from 0 up"));
+    match parameters.get(name).and_then(|parameter| parameter.parameter_choice.as_ref()) {
+        None => Ok(None),
+        Some(ParameterChoice::Uint64Param(value)) => Ok(Some(*value)),
+        Some(ParameterChoice::Int64Param(value)) => {
+            u64::try_from(*value).map(Some).map_err(|_| expected(&value.to_string()))
+        }
+        Some(ParameterChoice::BoolParam(_)) => Err(expected("a bool")),
+        Some(ParameterChoice::DoubleParam(_)) => Err(expected("a double")),
+        Some(ParameterChoice::StringParam(_)) => Err(expected("a string")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::super::MAX_STRING_ELEMENTS;
+    use super::super::proto::model_infer_request::InferInputTensor;
+    use super::*;
+    use crate::request::{Budget, BudgetConfig, PredictionId, Timings};
+    use crate::tensor::{Shape, Tensor, strings};
+
+    fn input(datatype: &str, shape: &[i64]) -> InferInputTensor {
+        let (name, datatype) = ("x".into(), datatype.into());
+        InferInputTensor { name, datatype, shape: shape.to_vec(), ..Default::default() }
+    }
+
+    fn infer(inputs: Vec<InferInputTensor>, raw: Vec<Bytes>) -> ModelInferRequest {
+        ModelInferRequest { model_name: "m".into(), inputs, raw_input_contents: raw, ..Default::default() }
+    }
+
+    fn refused(message: ModelInferRequest) -> String {
+        request(message).unwrap_err().message().to_string()
+    }
+
+    #[test]
+    fn names_and_strings_are_bounded() {
+        let long = |n| "n".repeat(n);
+        let named = |name: String| infer(vec![InferInputTensor { name, ..input("FP32", &[0]) }], vec![Bytes::new()]);
+        let with_id = |id| ModelInferRequest { id, ..infer(vec![], vec![]) };
+        let with_model = |model_name| ModelInferRequest { model_name, ..infer(vec![], vec![]) };
+        let with_output = |name| {
+            let outputs = vec![InferRequestedOutputTensor { name, ..Default::default() }];
+            ModelInferRequest { outputs, ..infer(vec![], vec![]) }
+        };
+        for make in [&named as &dyn Fn(String) -> ModelInferRequest, &with_id, &with_model, &with_output] {
+            assert!(request(make(long(MAX_NAME_BYTES))).is_ok());
+            assert_eq!(request(make(long(MAX_NAME_BYTES + 1))).unwrap_err().kind(), Kind::InvalidInput);
+        }
+        let strings = |n: usize| {
+            let shape = i64::try_from(n).unwrap();
+            request(infer(vec![input("BYTES", &[shape])], vec![vec![0; n * strings::PREFIX].into()])).map(|_| ())
+        };
+        assert!(strings(MAX_STRING_ELEMENTS).is_ok());
+        assert_eq!(strings(MAX_STRING_ELEMENTS + 1).unwrap_err().kind(), Kind::TooLarge);
+    }
+
+    fn with_parameter(name: &str, choice: ParameterChoice) -> ModelInferRequest {
+        let parameter = InferParameter { parameter_choice: Some(choice) };
+        ModelInferRequest { parameters: Parameters::from([(name.into(), parameter)]), ..infer(vec![], vec![]) }
+    }
+
+    #[test]
+    fn priority_and_timeout_come_as_either_integer() {
+        for choice in [ParameterChoice::Int64Param(3), ParameterChoice::Uint64Param(3)] {
+            let request = |name| request(with_parameter(name, choice.clone())).unwrap();
+            assert_eq!(request("priority").priority, Priority::from_wire(3));
+            assert_eq!(request("timeout").timeout, Some(Duration::from_micros(3)));
+        }
+        assert_eq!(request(with_parameter("timeout", ParameterChoice::Int64Param(0))).unwrap().timeout, None);
+        for choice in [
+            ParameterChoice::Int64Param(-1),
+            ParameterChoice::StringParam("3".into()),
+            ParameterChoice::DoubleParam(3.0),
+            ParameterChoice::BoolParam(true),
+        ] {
+            assert_eq!(request(with_parameter("timeout", choice)).unwrap_err().kind(), Kind::InvalidInput);
+        }
+    }
+
+    #[test]
+    fn what_would_change_the_answer_is_refused_by_name_and_the_rest_ignored() {
+        let kind = |name, choice| request(with_parameter(name, choice)).map(|_| ()).map_err(|error| error.kind());
+        let unsupported = Err(Kind::Unsupported);
+        assert_eq!(kind("sequence_id", ParameterChoice::Int64Param(7)), unsupported);
+        assert_eq!(kind("sequence_id", ParameterChoice::StringParam("s".into())), unsupported);
+        assert_eq!(kind("sequence_start", ParameterChoice::BoolParam(true)), unsupported);
+        assert_eq!(kind("sequence_id", ParameterChoice::Int64Param(0)), Ok(()));
+        assert_eq!(kind("sequence_end", ParameterChoice::BoolParam(false)), Ok(()));
+        assert_eq!(kind("binary_data_output", ParameterChoice::BoolParam(true)), Ok(()));
+        assert_eq!(kind("anything", ParameterChoice::DoubleParam(f64::NAN)), Ok(()));
+
+        let classes = InferParameter { parameter_choice: Some(ParameterChoice::Int64Param(3)) };
+        let region = InferParameter { parameter_choice: Some(ParameterChoice::StringParam("r".into())) };
+        let output = |name: &str, parameter: &InferParameter| {
+            let parameters = Parameters::from([(name.to_string(), parameter.clone())]);
+            let outputs = vec![InferRequestedOutputTensor { name: "y".into(), parameters }];
+            ModelInferRequest { outputs, ..infer(vec![], vec![]) }
+        };
+        assert_eq!(
+            refused(output("classification", &classes)),
+            "parameter `classification` of output 'y' is not supported"
+        );
+        assert!(refused(output("shared_memory_region", &region)).contains("`shared_memory_region`"));
+        assert!(request(output("binary_data", &classes)).is_ok());
+        let mut shared = input("FP32", &[1]);
+        shared.parameters = Parameters::from([("shared_memory_region".into(), region)]);
+        assert_eq!(request(infer(vec![shared], vec![])).unwrap_err().kind(), Kind::Unsupported);
+    }
+
+    #[test]
+    fn versions() {
+        let version = |text| model("m".into(), text).map(|model| model.version).map_err(|error| error.kind());
+        assert_eq!((version(""), version("-1")), (Ok(None), Ok(None)));
+        assert_eq!(version("2"), Ok(VersionId::new(2)));
+        for bad in ["0", "01", "v1", "-2", "99999999999999999999"] {
+            assert_eq!(version(bad), Err(Kind::InvalidInput), "{bad}");
+        }
+    }
+
+    #[test]
+    fn answers_share_their_tensors_memory() {
+        let tensor = Tensor::from_vec(Shape::new([1, 2]).unwrap(), vec![1f32, 2.0]).unwrap();
+        let budget = Budget::new(BudgetConfig::default());
+        let (message, permit) = response(InferResponse {
+            id: "7".into(),
+            prediction: PredictionId(1),
+            model: "m".into(),
+            version: VersionId::new(3).unwrap(),
+            digest: "sha256:ab".into(),
+            outputs: vec![NamedTensor { name: "y".into(), tensor: tensor.clone() }],
+            timings: Timings::default(),
+            permit: budget.admit(1, Instant::now()).unwrap(),
+        });
+        assert_eq!(message.raw_output_contents[0].as_ptr(), tensor.data().as_ptr());
+        assert_eq!((&*message.id, &*message.model_name, &*message.model_version), ("7", "m", "3"));
+        assert_eq!((&*message.outputs[0].datatype, &message.outputs[0].shape[..]), ("FP32", &[1, 2][..]));
+        assert_eq!(message.parameters["model_digest"], string_parameter("sha256:ab".into()));
+        assert_eq!(message.parameters["prediction_id"], string_parameter(PredictionId(1).to_string()));
+        assert_eq!(permit.bytes(), 1);
+    }
+}

@@ -1,0 +1,343 @@
+//! The way in: follows a unary call's body while tonic reads it, so that limits, deadlines and the permit hold from the
+//! first byte, and holds the permit until the answer's last.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use tokio::time::Sleep;
+use tonic::Status;
+
+use super::status_of;
+use crate::error::{Error, Kind, Result};
+use crate::request::Permit;
+
+/// Bytes in front of every gRPC message: a compression flag and a big-endian length.
+pub(super) const PREFIX: usize = 5;
+
+/// What one call's body, its method and its answer share. Travels in the request's extensions.
+#[derive(Clone, Default)]
+pub(super) struct Intake(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    permit: Option<Permit>,
+    refused: Option<Error>,
+    reached: bool,
+    timeout: Option<Duration>,
+}
+
+/// How a call ended, as far as tonic's answer does not say it.
+pub(super) struct Ending {
+    pub permit: Option<Permit>,
+    /// Why the body was refused.
+    pub refused: Option<Error>,
+    /// The request was decoded and its method called.
+    pub reached: bool,
+}
+
+impl Intake {
+    pub(super) fn new(permit: Option<Permit>, timeout: Option<Duration>) -> Intake {
+        Intake(Arc::new(Mutex::new(State { permit, timeout, ..State::default() })))
+    }
+
+    /// Marks the method as called.
+    pub(super) fn reach<T>(request: &tonic::Request<T>) -> Result<Intake, Status> {
+        let intake = request.extensions().get::<Intake>().cloned();
+        let intake = intake.ok_or_else(|| status_of(&Error::internal("a call came in past the intake")))?;
+        intake.state().reached = true;
+        Ok(intake)
+    }
+
+    /// The permit that admitted the call, and how long the caller waits.
+    pub(super) fn take(&self) -> Result<(Permit, Option<Duration>)> {
+        let mut state = self.state();
+        let permit = state.permit.take().ok_or_else(|| Error::internal("a call came in without a permit"))?;
+        Ok((permit, state.timeout))
+    }
+
+    /// Gives the permit back, to be held until the answer is written.
+    pub(super) fn hold(&self, permit: Permit) {
+        self.state().permit = Some(permit);
+    }
+
+    pub(super) fn end(&self) -> Ending {
+        let mut state = self.state();
+        Ending { permit: state.permit.take(), refused: state.refused.take(), reached: state.reached }
+    }
+
+    fn received(&self, bytes: usize) -> Result<()> {
+        match &mut self.state().permit {
+            Some(permit) => grow_to(permit, bytes),
+            None => Ok(()),
+        }
+    }
+
+    fn refuse(&self, error: Error) {
+        self.state().refused.get_or_insert(error);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every critical section is a field access: a poisoned lock guards nothing half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reserves what is missing to `bytes` in all.
+pub(super) fn grow_to(permit: &mut Permit, bytes: usize) -> Result<()> {
+    permit.grow(bytes.saturating_sub(permit.bytes()))
+}
+
+/// How long the client may take to send its message, and what it is told after.
+pub(super) struct Patience {
+    pub limit: Duration,
+    pub error: Error,
+}
+
+/// A request's body on its way to tonic.
+pub(super) struct Inward<B> {
+    inner: Pin<Box<B>>,
+    framing: Framing,
+    received: usize,
+    expiry: Pin<Box<Sleep>>,
+    late: Error,
+    intake: Intake,
+}
+
+impl<B> Inward<B> {
+    pub(super) fn new(inner: B, framing: Framing, patience: Patience, intake: Intake) -> Self {
+        let expiry = Box::pin(tokio::time::sleep(patience.limit));
+        Inward { inner: Box::pin(inner), framing, received: 0, expiry, late: patience.error, intake }
+    }
+
+    fn follow(&mut self, data: &[u8]) -> Result<()> {
+        self.received += data.len();
+        self.framing.follow(data)?;
+        self.intake.received(self.received)
+    }
+
+    fn fail<T>(&self, error: Error) -> Poll<Option<Result<T, Status>>> {
+        let status = status_of(&error);
+        self.intake.refuse(error);
+        Poll::Ready(Some(Err(status)))
+    }
+}
+
+impl<B: Body<Data = Bytes>> Body for Inward<B> {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = self.get_mut();
+        match this.inner.as_mut().poll_frame(cx) {
+            Poll::Pending if this.expiry.as_mut().poll(cx).is_ready() => this.fail(this.late.clone()),
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Ok(frame))) => match frame.data_ref().map(|data| this.follow(data)) {
+                Some(Err(error)) => this.fail(error),
+                _ => Poll::Ready(Some(Ok(frame))),
+            },
+            Poll::Ready(Some(Err(_))) => this.fail(Error::new(Kind::Cancelled, "the request's body broke off")),
+            Poll::Ready(None) => match this.framing.finish() {
+                Ok(()) => Poll::Ready(None),
+                Err(error) => this.fail(error),
+            },
+        }
+    }
+}
+
+/// Follows the one message of a unary call through chunks of any size. Buffers nothing.
+#[derive(Debug)]
+pub(super) struct Framing {
+    prefix: [u8; PREFIX],
+    filled: usize,
+    left: usize,
+    limit: usize,
+    encoded: bool,
+}
+
+impl Framing {
+    /// For a message of at most `limit` bytes, compressed only if the call names an encoding.
+    pub(super) fn new(limit: usize, encoded: bool) -> Framing {
+        Framing { prefix: [0; PREFIX], filled: 0, left: 0, limit, encoded }
+    }
+
+    fn follow(&mut self, mut data: &[u8]) -> Result<()> {
+        if self.filled < PREFIX {
+            let (head, rest) = data.split_at(data.len().min(PREFIX - self.filled));
+            self.prefix[self.filled..self.filled + head.len()].copy_from_slice(head);
+            self.filled += head.len();
+            if self.filled < PREFIX {
+                return Ok(());
+            }
+            self.left = self.announced()?;
+            data = rest;
+        }
+        self.left = self
+            .left
+            .checked_sub(data.len())
+            .ok_or_else(|| Error::invalid("the call carries more than one message, expected one"))?;
+        Ok(())
+    }
+
+    fn announced(&self) -> Result<usize> {
+        let [flag, length @ ..] = self.prefix;
+        match flag {
+            0 => {}
+            1 if self.encoded => {}
+            1 => {
+                return Err(Error::invalid(
+                    "the message is flagged as compressed, but `grpc-encoding` names no encoding",
+                ));
+            }
+            flag => return Err(Error::invalid(format!("the message's compression flag is {flag}, expected 0 or 1"))),
+        }
+        let length = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
+        if length > self.limit {
+            return Err(too_long(length, self.limit));
+        }
+        Ok(length)
+    }
+
+    fn finish(&self) -> Result<()> {
+        match (self.filled, self.left) {
+            (0, _) => Err(Error::invalid("the call carries no message, expected one")),
+            (PREFIX, 0) => Ok(()),
+            (PREFIX, left) => Err(Error::invalid(format!("the message is cut short by {left} bytes"))),
+            _ => Err(Error::invalid("the message is cut short inside its length prefix")),
+        }
+    }
+}
+
+pub(super) fn too_long(found: usize, limit: usize) -> Error {
+    Error::too_large(format!("message of {found} bytes, expected at most {limit}"))
+}
+
+/// An answer's body, holding the request's place until it is written.
+pub(super) struct Outward {
+    pub inner: tonic::body::Body,
+    /// Held, not read.
+    pub _permit: Permit,
+}
+
+impl Body for Outward {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.inner).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::time::Instant;
+
+    use http_body_util::{BodyExt, Full};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::request::{Budget, BudgetConfig};
+
+    fn followed(framing: &mut Framing, chunks: &[&[u8]]) -> Result<()> {
+        chunks.iter().try_for_each(|chunk| framing.follow(chunk))?;
+        framing.finish()
+    }
+
+    fn message(length: usize) -> Vec<u8> {
+        let mut wire = vec![0];
+        wire.extend(u32::try_from(length).unwrap().to_be_bytes());
+        wire.resize(PREFIX + length, 7);
+        wire
+    }
+
+    #[test]
+    fn one_whole_message_passes_and_nothing_else() {
+        let follow = |wire: &[u8]| followed(&mut Framing::new(10, false), &[wire]).map_err(|error| error.kind());
+        assert_eq!(follow(&message(10)), Ok(()));
+        assert_eq!(follow(&message(0)), Ok(()));
+        assert_eq!(follow(&message(11)), Err(Kind::TooLarge));
+        assert_eq!(follow(&[0, 0xff, 0xff, 0xff, 0xff]), Err(Kind::TooLarge));
+        assert_eq!(follow(&[]), Err(Kind::InvalidInput));
+        assert_eq!(follow(&message(10)[..4]), Err(Kind::InvalidInput));
+        assert_eq!(follow(&message(10)[..14]), Err(Kind::InvalidInput));
+        assert_eq!(follow(&[message(3), message(3)].concat()), Err(Kind::InvalidInput));
+        assert_eq!(follow(&[2, 0, 0, 0, 0]), Err(Kind::InvalidInput));
+        assert_eq!(follow(&[1, 0, 0, 0, 0]), Err(Kind::InvalidInput));
+        assert!(followed(&mut Framing::new(10, true), &[&[1, 0, 0, 0, 1, 9]]).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn chunking_changes_nothing(length in 0usize..12, extra in 0usize..3, sizes in proptest::collection::vec(0usize..4, 0..20)) {
+            let mut wire = message(length);
+            wire.truncate(wire.len() + 1 - extra.min(1));
+            wire.extend(vec![0; extra]);
+            let (mut rest, mut chunks) = (&wire[..], Vec::new());
+            for size in sizes {
+                let (chunk, after) = rest.split_at(size.min(rest.len()));
+                chunks.push(chunk);
+                rest = after;
+            }
+            chunks.push(rest);
+            let whole = followed(&mut Framing::new(8, false), &[&wire]).map_err(|error| error.kind());
+            let parts = followed(&mut Framing::new(8, false), &chunks).map_err(|error| error.kind());
+            prop_assert_eq!(whole, parts);
+        }
+    }
+
+    /// Never gives a frame, never ends.
+    struct Stalled;
+    impl Body for Stalled {
+        type Data = Bytes;
+        type Error = Infallible;
+        fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Poll::Pending
+        }
+    }
+
+    fn patience(limit: Duration) -> Patience {
+        Patience { limit, error: Error::new(Kind::RequestTimeout, "too slow") }
+    }
+
+    fn permit(max_bytes: usize) -> (Arc<Budget>, Permit) {
+        let budget = Budget::new(BudgetConfig { max_requests: 1, max_bytes });
+        let permit = budget.admit(0, Instant::now()).unwrap();
+        (budget, permit)
+    }
+
+    #[tokio::test]
+    async fn the_permit_grows_with_the_body_and_bounds_it() {
+        for (max_bytes, refused) in [(15, None), (14, Some(Kind::Overloaded))] {
+            let (budget, permit) = permit(max_bytes);
+            let intake = Intake::new(Some(permit), None);
+            let body = Full::new(Bytes::from(message(10)));
+            let body = Inward::new(body, Framing::new(10, false), patience(Duration::MAX), intake.clone());
+            assert_eq!(body.collect().await.is_err(), refused.is_some());
+            let ending = intake.end();
+            assert_eq!(ending.refused.map(|error| error.kind()), refused);
+            assert_eq!(budget.bytes(), if refused.is_some() { 0 } else { 15 });
+            drop(ending.permit);
+            assert_eq!((budget.requests(), budget.bytes()), (0, 0));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stalled_body_is_cut() {
+        let intake = Intake::new(None, None);
+        let mut body = Inward::new(Stalled, Framing::new(10, false), patience(Duration::ZERO), intake.clone());
+        assert!(body.frame().await.unwrap().is_err());
+        assert_eq!(intake.end().refused.unwrap().kind(), Kind::RequestTimeout);
+    }
+}

@@ -1,0 +1,146 @@
+//! What a call's headers ask for: its content type, its deadline, its compression.
+
+use std::time::Duration;
+
+use http::HeaderMap;
+use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+
+use crate::error::{Error, Kind, Result, quoted};
+
+const TIMEOUT: &str = "grpc-timeout";
+const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
+const ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
+
+/// Most digits that the gRPC specification allows in `grpc-timeout`.
+const TIMEOUT_DIGITS: usize = 8;
+
+/// Encodings understood in both directions. `deflate` is zlib's format, as for HTTP.
+const ENCODINGS: [&str; 2] = ["gzip", "deflate"];
+
+/// Whether the body is gRPC with protobuf messages, as `application/grpc` alone means too.
+pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
+    let Some(value) = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return false };
+    let media = value.split(';').next().unwrap_or(value).trim();
+    media.eq_ignore_ascii_case("application/grpc") || media.eq_ignore_ascii_case("application/grpc+proto")
+}
+
+/// How long the caller waits: `grpc-timeout`, at most eight digits and a unit, read strictly.
+pub(super) fn timeout(headers: &HeaderMap) -> Result<Option<Duration>> {
+    let Some(value) = headers.get(TIMEOUT) else { return Ok(None) };
+    let text = String::from_utf8_lossy(value.as_bytes());
+    let timeout = parse_timeout(&text).ok_or_else(|| {
+        Error::invalid(format!(
+            "`{TIMEOUT}` is '{}', expected one to {TIMEOUT_DIGITS} digits and one of the units H, M, S, m, u, n",
+            quoted(&text)
+        ))
+    })?;
+    Ok(Some(timeout))
+}
+
+fn parse_timeout(text: &str) -> Option<Duration> {
+    let unit = text.chars().last()?;
+    let digits = text.strip_suffix(unit)?;
+    if digits.is_empty() || digits.len() > TIMEOUT_DIGITS || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = digits.parse().ok()?;
+    match unit {
+        // Eight digits of hours are fewer seconds than a u64 holds.
+        'H' => Some(Duration::from_secs(number * 3600)),
+        'M' => Some(Duration::from_secs(number * 60)),
+        'S' => Some(Duration::from_secs(number)),
+        'm' => Some(Duration::from_millis(number)),
+        'u' => Some(Duration::from_micros(number)),
+        'n' => Some(Duration::from_nanos(number)),
+        _ => None,
+    }
+}
+
+/// Bytes that the client says it will send, prefix included; 0 where it does not say.
+pub(super) fn declared_bytes(headers: &HeaderMap) -> usize {
+    let value = headers.get(http::header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
+    value.and_then(|value| value.parse().ok()).unwrap_or(0)
+}
+
+/// Whether the message may be compressed. Rewrites what the client accepts to the encoding it used itself, so that an
+/// answer is compressed only for clients that compress: every Python client accepts compression, few want to pay for it.
+pub(super) fn negotiate(headers: &mut HeaderMap) -> Result<bool> {
+    let used = match headers.get(ENCODING).map(HeaderValue::as_bytes) {
+        None | Some(b"identity") => None,
+        Some(name) => Some(ENCODINGS.into_iter().find(|known| known.as_bytes() == name).ok_or_else(|| {
+            let name = quoted(&String::from_utf8_lossy(name));
+            Error::new(
+                Kind::UnsupportedMedia,
+                format!("`grpc-encoding` is '{name}', expected gzip, deflate or identity"),
+            )
+        })?),
+    };
+    let accepted = headers.remove(ACCEPT_ENCODING);
+    let accepted = accepted.as_ref().and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if let Some(used) = used
+        && accepted.split(',').any(|name| name.trim() == used)
+    {
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static(used));
+    }
+    Ok(used.is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        pairs.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+    }
+
+    #[test]
+    fn timeouts_are_read_strictly() {
+        let read = |text: &'static str| timeout(&headers(&[(TIMEOUT, text)]));
+        assert_eq!(timeout(&HeaderMap::new()), Ok(None));
+        for (text, expected) in [
+            ("0n", Duration::ZERO),
+            ("1n", Duration::from_nanos(1)),
+            ("250u", Duration::from_micros(250)),
+            ("50m", Duration::from_millis(50)),
+            ("7S", Duration::from_secs(7)),
+            ("2M", Duration::from_secs(120)),
+            ("99999999H", Duration::from_secs(99_999_999 * 3600)),
+        ] {
+            assert_eq!(read(text), Ok(Some(expected)), "{text}");
+        }
+        for bad in ["", "S", "abc", "1X", "1", "-1S", "+1S", "1.5S", " 1S", "1 S", "999999999S", "1s"] {
+            assert_eq!(read(bad).unwrap_err().kind(), Kind::InvalidInput, "{bad}");
+        }
+    }
+
+    #[test]
+    fn answers_are_compressed_as_requests_were() {
+        let negotiated = |pairs: &[(&'static str, &'static str)]| {
+            let mut headers = headers(pairs);
+            let encoded = negotiate(&mut headers).map_err(|error| error.kind())?;
+            Ok((encoded, headers.get(ACCEPT_ENCODING).map(|value| value.to_str().unwrap().to_string())))
+        };
+        let python = ("grpc-accept-encoding", "identity, deflate, gzip");
+        assert_eq!(negotiated(&[python]), Ok((false, None)));
+        assert_eq!(negotiated(&[python, ("grpc-encoding", "identity")]), Ok((false, None)));
+        assert_eq!(negotiated(&[python, ("grpc-encoding", "gzip")]), Ok((true, Some("gzip".into()))));
+        assert_eq!(negotiated(&[python, ("grpc-encoding", "deflate")]), Ok((true, Some("deflate".into()))));
+        assert_eq!(negotiated(&[("grpc-encoding", "gzip")]), Ok((true, None)));
+        assert_eq!(negotiated(&[("grpc-encoding", "br")]), Err(Kind::UnsupportedMedia));
+    }
+
+    #[test]
+    fn content_types() {
+        for (value, expected) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("application/grpc;charset=utf-8", true),
+            ("application/grpc+json", false),
+            ("application/grpc-web", false),
+            ("application/json", false),
+        ] {
+            assert_eq!(is_grpc(&headers(&[("content-type", value)])), expected, "{value}");
+        }
+        assert!(!is_grpc(&HeaderMap::new()));
+    }
+}

@@ -1,0 +1,291 @@
+//! The Open Inference Protocol over gRPC, and `grpc.health.v1`.
+//!
+//! [`Grpc`] is the whole port: it takes every call, admits it, watches its body, hands it to tonic, and gives tonic's
+//! own refusals the status of our table. Owns the wire only: what a call means is the engine's business. Runs on the
+//! I/O runtime and spawns nothing.
+//!
+//! Invariants: a permit is taken before an infer request's body is read and held until its answer is written; no
+//! message over the one limit is buffered, compressed or not; a request that cannot be decoded is the client's fault.
+
+pub(crate) mod codec;
+mod convert;
+mod health;
+mod inputs;
+mod intake;
+mod metadata;
+mod service;
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::StatusCode;
+use tonic::body::Body;
+use tonic::codec::CompressionEncoding::{Deflate, Gzip};
+use tonic::metadata::MetadataValue;
+use tonic::{Code, Status};
+use tonic_health::pb::health_server::{HealthServer, SERVICE_NAME as HEALTH_SERVICE};
+use tower::Service;
+
+use crate::engine::Engine;
+use crate::error::{Error, Kind, Result, quoted};
+use crate::protocol::status;
+use crate::request::{Origin, Protocol};
+use health::HealthService;
+use intake::{Framing, Intake, Inward, Outward, PREFIX, Patience, too_long};
+use proto::grpc_inference_service_server::{GrpcInferenceServiceServer, SERVICE_NAME as SERVICE};
+use service::InferenceService;
+
+/// The generated messages, server and client of package `inference`.
+#[allow(clippy::all, missing_docs, reason = "generated")]
+pub mod proto {
+    tonic::include_proto!("inference");
+}
+
+/// Longest message of a call that asks about the server or a model, in bytes.
+const MAX_QUERY_BYTES: usize = 16 << 10;
+
+/// Longest error message sent, in bytes: clients bound the headers they take.
+const MAX_ERROR_BYTES: usize = 1 << 10;
+
+// What one request may hold. Checked before it is decoded, except for the names.
+const MAX_INPUTS: usize = 64;
+const MAX_OUTPUTS: usize = 256;
+/// Of the request, of one input, and of one output.
+const MAX_PARAMETERS: usize = 64;
+/// Elements of all BYTES tensors together.
+const MAX_STRING_ELEMENTS: usize = 1 << 20;
+/// One element of a BYTES tensor.
+const MAX_STRING_BYTES: usize = 16 << 20;
+
+const ORIGIN: Origin = Origin { protocol: Protocol::Grpc };
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Longest infer request, compressed or not, in bytes. Answers are as long as the model's outputs.
+    pub max_message_bytes: usize,
+    /// How long a client may take to send its message.
+    pub body_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config { max_message_bytes: 64 << 20, body_timeout: Duration::from_secs(30) }
+    }
+}
+
+/// The gRPC port's service, one clone per call.
+#[derive(Clone)]
+struct Grpc {
+    engine: Arc<Engine>,
+    config: Config,
+    inference: Arc<InferenceService>,
+    health: Arc<HealthService>,
+}
+
+/// All that is served on the gRPC port, for a listener that speaks HTTP/2.
+pub fn routes(engine: Arc<Engine>, config: Config) -> axum::Router {
+    // One service: which call a path names decides what is read of it before tonic sees it.
+    axum::Router::new().fallback_service(service(engine, config))
+}
+
+fn service(engine: Arc<Engine>, config: Config) -> Grpc {
+    Grpc {
+        inference: Arc::new(InferenceService::new(Arc::clone(&engine))),
+        health: Arc::new(HealthService::new(Arc::clone(&engine))),
+        engine,
+        config,
+    }
+}
+
+impl<B> Service<http::Request<B>> for Grpc
+where
+    B: http_body::Body<Data = Bytes> + Send + 'static,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<http::Response<Body>, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let grpc = self.clone();
+        Box::pin(async move { Ok(grpc.answer(request).await) })
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    Infer,
+    /// About the server or a model; also methods that the service does not have.
+    Query,
+    Health,
+}
+
+impl Call {
+    fn of(path: &str) -> Option<Call> {
+        match path.strip_prefix('/')?.split_once('/')? {
+            (SERVICE, "ModelInfer") => Some(Call::Infer),
+            (SERVICE, _) => Some(Call::Query),
+            (HEALTH_SERVICE, _) => Some(Call::Health),
+            _ => None,
+        }
+    }
+}
+
+impl Grpc {
+    async fn answer<B>(self, mut request: http::Request<B>) -> http::Response<Body>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+    {
+        if !metadata::is_grpc(request.headers()) {
+            return bare(StatusCode::UNSUPPORTED_MEDIA_TYPE);
+        }
+        if request.method() != http::Method::POST {
+            return bare(StatusCode::METHOD_NOT_ALLOWED);
+        }
+        let Some(call) = Call::of(request.uri().path()) else {
+            let path = quoted(request.uri().path());
+            return status_of(&Error::new(Kind::Unsupported, format!("unknown service in '{path}'"))).into_http();
+        };
+        let opened = self.open(call, &mut request);
+        match opened {
+            Ok((intake, framing, patience)) => {
+                let request = request.map(|body| Inward::new(body, framing, patience, intake.clone()));
+                self.hand_over(call, intake, request).await
+            }
+            Err(error) => status_of(&error).into_http(),
+        }
+    }
+
+    /// Reads the headers and admits the call, before a byte of its body is read.
+    fn open<B>(&self, call: Call, request: &mut http::Request<B>) -> Result<(Intake, Framing, Patience)> {
+        let limit = self.limit(call);
+        let headers = request.headers_mut();
+        let declared = metadata::declared_bytes(headers);
+        let checked = (|| {
+            let encoded = metadata::negotiate(headers)?;
+            let timeout = metadata::timeout(headers)?;
+            if timeout.is_some_and(|timeout| timeout.is_zero()) {
+                return Err(expired());
+            }
+            match declared.checked_sub(PREFIX).filter(|length| *length > limit) {
+                Some(length) => Err(too_long(length, limit)),
+                None => Ok((encoded, timeout)),
+            }
+        })();
+        let (encoded, timeout) = checked.inspect_err(|error| self.refuse(call, error))?;
+        let permit = if call == Call::Infer { Some(self.engine.admit(ORIGIN, declared)?) } else { None };
+        let intake = Intake::new(permit, timeout);
+        request.extensions_mut().insert(intake.clone());
+        Ok((intake, Framing::new(limit, encoded), self.patience(timeout)))
+    }
+
+    async fn hand_over<B>(&self, call: Call, intake: Intake, request: http::Request<Inward<B>>) -> http::Response<Body>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+    {
+        let limit = self.limit(call);
+        let Ok(response) = match call {
+            Call::Infer | Call::Query => {
+                GrpcInferenceServiceServer::from_arc(Arc::clone(&self.inference))
+                    .accept_compressed(Gzip)
+                    .accept_compressed(Deflate)
+                    .send_compressed(Gzip)
+                    .send_compressed(Deflate)
+                    .max_decoding_message_size(limit)
+                    .call(request)
+                    .await
+            }
+            Call::Health => {
+                HealthServer::from_arc(Arc::clone(&self.health))
+                    .accept_compressed(Gzip)
+                    .accept_compressed(Deflate)
+                    .max_decoding_message_size(limit)
+                    .call(request)
+                    .await
+            }
+        };
+        let ending = intake.end();
+        let own = Status::from_header_map(response.headers()).filter(|_| !ending.reached);
+        let refused = ending.refused.or_else(|| own.as_ref().and_then(refusal));
+        match (refused, ending.permit) {
+            (Some(error), _) => {
+                self.refuse(call, &error);
+                status_of(&error).into_http()
+            }
+            (None, Some(permit)) => response.map(|inner| Body::new(Outward { inner, _permit: permit })),
+            (None, None) => response,
+        }
+    }
+
+    fn limit(&self, call: Call) -> usize {
+        if call == Call::Infer {
+            self.config.max_message_bytes
+        } else {
+            MAX_QUERY_BYTES.min(self.config.max_message_bytes)
+        }
+    }
+
+    fn patience(&self, timeout: Option<Duration>) -> Patience {
+        match timeout.filter(|timeout| *timeout < self.config.body_timeout) {
+            Some(limit) => Patience { limit, error: expired() },
+            None => {
+                let limit = self.config.body_timeout;
+                let message = format!("the message did not arrive within {limit:?}");
+                Patience { limit, error: Error::new(Kind::RequestTimeout, message) }
+            }
+        }
+    }
+
+    /// Only infer requests are counted: metadata and health are asked for all day long.
+    fn refuse(&self, call: Call, error: &Error) {
+        if call == Call::Infer {
+            self.engine.refuse(ORIGIN, error);
+        }
+    }
+}
+
+/// What a refusal of tonic's own, before the method was called, is to the client. `None` for those that stand.
+fn refusal(status: &Status) -> Option<Error> {
+    let kind = match status.code() {
+        // A method that the service does not have.
+        Code::Unimplemented => return None,
+        Code::OutOfRange | Code::ResourceExhausted => Kind::TooLarge,
+        _ => Kind::InvalidInput,
+    };
+    let message = match status.message().strip_prefix("Error decompressing: ") {
+        Some(why) => format!("message cannot be decompressed: {why}"),
+        None => status.message().to_string(),
+    };
+    Some(Error::new(kind, message))
+}
+
+/// The status of an error, its message as it is up to the limit.
+fn status_of(error: &Error) -> Status {
+    let message = error.message();
+    let end = message.floor_char_boundary(MAX_ERROR_BYTES);
+    let entry = status::Status::of(error.kind());
+    let mut status = Status::new(Code::from(entry.grpc), &message[..end]);
+    if let Some(seconds) = entry.retry_after {
+        // What clients that retry by themselves wait.
+        status.metadata_mut().insert("grpc-retry-pushback-ms", MetadataValue::from(u64::from(seconds) * 1000));
+    }
+    status
+}
+
+fn expired() -> Error {
+    Error::new(Kind::DeadlineExceeded, "Request timeout expired")
+}
+
+/// An answer to something that is not gRPC.
+fn bare(code: StatusCode) -> http::Response<Body> {
+    let mut response = http::Response::new(Body::empty());
+    *response.status_mut() = code;
+    response
+}

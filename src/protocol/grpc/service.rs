@@ -1,0 +1,197 @@
+//! The service's methods: each converts, asks the engine, converts back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tonic::metadata::{MetadataMap, MetadataValue};
+use tonic::{Request, Response, Status};
+
+use super::intake::{Intake, grow_to};
+use super::proto::grpc_inference_service_server::GrpcInferenceService;
+use super::proto::{self, model_metadata_response::TensorMetadata, repository_index_response::ModelIndex};
+use super::{ORIGIN, convert, status_of};
+use crate::engine::{Engine, ModelInfo};
+use crate::error::{Error, Kind, Result};
+use crate::protocol::EXTENSIONS;
+use crate::request::{InferRequest, InferResponse, Permit};
+use crate::tensor::TensorSpec;
+
+pub(super) struct InferenceService {
+    engine: Arc<Engine>,
+}
+
+impl InferenceService {
+    pub(super) fn new(engine: Arc<Engine>) -> Self {
+        InferenceService { engine }
+    }
+
+    async fn infer(
+        &self,
+        intake: &Intake,
+        message: proto::ModelInferRequest,
+    ) -> Result<Response<proto::ModelInferResponse>> {
+        let (request, permit) = converted(intake, message).inspect_err(|error| self.engine.refuse(ORIGIN, error))?;
+        let response = self.engine.infer(request, permit).await?;
+        Ok(answer(intake, response))
+    }
+}
+
+fn converted(intake: &Intake, message: proto::ModelInferRequest) -> Result<(InferRequest, Permit)> {
+    let (mut permit, timeout) = intake.take()?;
+    let mut request = convert::request(message)?;
+    request.timeout = sooner(request.timeout, timeout);
+    // What a compressed message or typed contents have grown to.
+    let bytes = request.inputs.iter().map(|input| input.tensor.data().len()).sum();
+    grow_to(&mut permit, bytes)?;
+    Ok((request, permit))
+}
+
+fn sooner(first: Option<Duration>, second: Option<Duration>) -> Option<Duration> {
+    first.into_iter().chain(second).min()
+}
+
+fn answer(intake: &Intake, response: InferResponse) -> Response<proto::ModelInferResponse> {
+    let metadata = metadata(&response);
+    let (message, permit) = convert::response(response);
+    intake.hold(permit);
+    let mut answer = Response::new(message);
+    *answer.metadata_mut() = metadata;
+    answer
+}
+
+fn metadata(response: &InferResponse) -> MetadataMap {
+    let mut metadata = MetadataMap::new();
+    let mut put = |name: &'static str, value: String| {
+        // All values are ours and ASCII; a header that cannot be sent is left out rather than failing the answer.
+        if let Ok(value) = MetadataValue::try_from(value) {
+            metadata.insert(name, value);
+        }
+    };
+    put("x-prediction-id", response.prediction.to_string());
+    put("x-model-version", response.version.to_string());
+    put("x-model-digest", response.digest.to_string());
+    put("server-timing", server_timing(response));
+    metadata
+}
+
+/// As HTTP's `Server-Timing`: milliseconds by phase, `total` from admission.
+fn server_timing(response: &InferResponse) -> String {
+    let timings = &response.timings;
+    let phases = [
+        ("prepare", timings.prepare),
+        ("queue", timings.queue),
+        ("compute", timings.compute),
+        ("total", response.permit.arrived().elapsed()),
+    ];
+    let phases = phases.map(|(name, duration)| format!("{name};dur={:.3}", duration.as_secs_f64() * 1e3));
+    phases.join(", ")
+}
+
+#[tonic::async_trait]
+impl GrpcInferenceService for InferenceService {
+    async fn server_live(
+        &self,
+        request: Request<proto::ServerLiveRequest>,
+    ) -> Result<Response<proto::ServerLiveResponse>, Status> {
+        Intake::reach(&request)?;
+        Ok(Response::new(proto::ServerLiveResponse { live: self.engine.live() }))
+    }
+
+    async fn server_ready(
+        &self,
+        request: Request<proto::ServerReadyRequest>,
+    ) -> Result<Response<proto::ServerReadyResponse>, Status> {
+        Intake::reach(&request)?;
+        Ok(Response::new(proto::ServerReadyResponse { ready: self.engine.ready() }))
+    }
+
+    async fn model_ready(
+        &self,
+        request: Request<proto::ModelReadyRequest>,
+    ) -> Result<Response<proto::ModelReadyResponse>, Status> {
+        Intake::reach(&request)?;
+        let proto::ModelReadyRequest { name, version } = request.into_inner();
+        let ready =
+            convert::model(name, &version).and_then(|model| self.engine.model_ready(&model.name, model.version));
+        match ready {
+            Ok(ready) => Ok(Response::new(proto::ModelReadyResponse { ready })),
+            // An unknown model is not ready: clients ask until it is there.
+            Err(error) if error.kind() == Kind::NotFound => {
+                Ok(Response::new(proto::ModelReadyResponse { ready: false }))
+            }
+            Err(error) => Err(status_of(&error)),
+        }
+    }
+
+    async fn server_metadata(
+        &self,
+        request: Request<proto::ServerMetadataRequest>,
+    ) -> Result<Response<proto::ServerMetadataResponse>, Status> {
+        Intake::reach(&request)?;
+        Ok(Response::new(proto::ServerMetadataResponse {
+            name: env!("CARGO_PKG_NAME").to_string(),
+            version: env!("CARGO_PKG_VERSION").to_string(),
+            extensions: EXTENSIONS.iter().map(|extension| extension.to_string()).collect(),
+        }))
+    }
+
+    async fn model_metadata(
+        &self,
+        request: Request<proto::ModelMetadataRequest>,
+    ) -> Result<Response<proto::ModelMetadataResponse>, Status> {
+        Intake::reach(&request)?;
+        let proto::ModelMetadataRequest { name, version } = request.into_inner();
+        let info = convert::model(name, &version).and_then(|model| self.engine.model(&model.name, model.version));
+        info.map(|info| Response::new(model_metadata(info))).map_err(|error| status_of(&error))
+    }
+
+    async fn model_infer(
+        &self,
+        request: Request<proto::ModelInferRequest>,
+    ) -> Result<Response<proto::ModelInferResponse>, Status> {
+        let intake = Intake::reach(&request)?;
+        self.infer(&intake, request.into_inner()).await.map_err(|error| status_of(&error))
+    }
+
+    async fn repository_index(
+        &self,
+        request: Request<proto::RepositoryIndexRequest>,
+    ) -> Result<Response<proto::RepositoryIndexResponse>, Status> {
+        Intake::reach(&request)?;
+        let proto::RepositoryIndexRequest { repository_name, ready } = request.into_inner();
+        if !repository_name.is_empty() {
+            let error = Error::new(Kind::Unsupported, "'repository_name' is not supported: there is one repository");
+            return Err(status_of(&error));
+        }
+        let entries = self.engine.index().into_iter().filter(|entry| !ready || entry.state == READY);
+        let models = entries.map(|entry| ModelIndex {
+            name: entry.name.to_string(),
+            version: entry.version.map(|version| version.to_string()).unwrap_or_default(),
+            state: entry.state.to_string(),
+            reason: entry.reason,
+        });
+        Ok(Response::new(proto::RepositoryIndexResponse { models: models.collect() }))
+    }
+}
+
+/// The index's word for a version that serves.
+const READY: &str = "READY";
+
+fn model_metadata(info: ModelInfo) -> proto::ModelMetadataResponse {
+    let tensors = |specs: &[TensorSpec]| {
+        let metadata = specs.iter().map(|spec| TensorMetadata {
+            name: spec.name.to_string(),
+            datatype: spec.dtype.name().to_string(),
+            shape: spec.to_wire(),
+        });
+        metadata.collect()
+    };
+    proto::ModelMetadataResponse {
+        name: info.name.to_string(),
+        versions: info.versions.iter().map(|version| version.to_string()).collect(),
+        platform: info.platform.to_string(),
+        inputs: tensors(&info.signature.inputs),
+        outputs: tensors(&info.signature.outputs),
+        properties: info.properties.into_iter().map(|(name, value)| (name.to_string(), value)).collect(),
+    }
+}

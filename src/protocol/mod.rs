@@ -1,0 +1,11 @@
+//! The wire: protocols turn bytes into an `InferRequest` and an answer or an error back into bytes.
+//!
+//! A protocol owns its own parsing, limits and texts; everything past that is one call of the engine, the same for
+//! all. Knows nothing of batching, scheduling or inference engines. Each protocol's crates stay in its own folder.
+
+pub mod grpc;
+pub mod rest;
+pub mod status;
+
+/// What of the protocol's extensions is offered, and no more: clients choose calls by this list.
+pub const EXTENSIONS: &[&str] = &["binary_tensor_data", "parameters", "schedule_policy"];

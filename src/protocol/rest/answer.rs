@@ -1,0 +1,238 @@
+//! The response: JSON, or JSON and the bytes of the outputs asked for as binary; its headers; its compression.
+//!
+//! Binary outputs go out as they are, each a frame that shares the engine's buffer. The body owns the request's permit,
+//! so that a slow reader keeps its place in the server until it has read the answer.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::Response;
+use bytes::Bytes;
+use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, VARY};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use http_body::{Frame, SizeHint};
+use serde::Serialize;
+
+use super::binary::HEADER_LENGTH;
+use super::data::Flat;
+use super::encoding::{self, Encoding};
+use super::json::Requested;
+use super::{App, JSON};
+use crate::error::{Error, Result};
+use crate::request::{InferResponse, NamedTensor, Permit};
+use crate::tensor::{DataType, Tensor};
+
+const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
+const PREDICTION_ID: HeaderName = HeaderName::from_static("x-prediction-id");
+const MODEL_VERSION: HeaderName = HeaderName::from_static("x-model-version");
+const MODEL_DIGEST: HeaderName = HeaderName::from_static("x-model-digest");
+const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+
+/// How the client wants its outputs.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub outputs: Vec<Requested>,
+    /// For outputs that don't say: those listed without `binary_data`, too, as OIP's text has it.
+    pub binary: bool,
+}
+
+impl Wanted {
+    fn as_binary(&self, output: &str) -> bool {
+        let listed = self.outputs.iter().find(|wanted| wanted.name == output);
+        listed.and_then(|wanted| wanted.binary).unwrap_or(self.binary)
+    }
+}
+
+pub(super) async fn write(app: &App, response: InferResponse, wanted: Wanted, accepted: Encoding) -> Result<Response> {
+    /// Compressing a byte costs about as much as formatting so many.
+    const COMPRESSION_COST: usize = 8;
+    let bytes: usize = response.outputs.iter().map(|output| output.tensor.data().len()).sum();
+    let work = if accepted == Encoding::Identity { bytes } else { bytes.saturating_mul(COMPRESSION_COST) };
+    let mut headers = provenance(&response);
+    let shortest = app.config.min_compressed_bytes;
+    let (written, permit) = app
+        .offload(work, move || {
+            let written = render(&response, &wanted)?.compressed(accepted, shortest)?;
+            Ok((written, response.permit))
+        })
+        .await?;
+
+    headers.insert(CONTENT_TYPE, if written.json_length.is_some() { OCTETS } else { JSON });
+    headers.insert(VARY, HeaderValue::from_static(ACCEPT_ENCODING.as_str()));
+    if let Some(length) = written.json_length {
+        headers.insert(HEADER_LENGTH, HeaderValue::from(length));
+    }
+    if written.encoding != Encoding::Identity {
+        headers.insert(CONTENT_ENCODING, HeaderValue::from_static(written.encoding.name()));
+    }
+    let frames = Frames { frames: written.frames.into(), _permit: permit };
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(frames.remaining()));
+    let mut answer = Response::new(Body::new(frames));
+    *answer.headers_mut() = headers;
+    Ok(answer)
+}
+
+/// Which prediction this is, what made it, and where its time went.
+fn provenance(response: &InferResponse) -> HeaderMap {
+    let timings = &response.timings;
+    let timing = [
+        ("prepare", timings.prepare),
+        ("queue", timings.queue),
+        ("compute", timings.compute),
+        ("total", response.permit.arrived().elapsed()),
+    ]
+    .map(|(name, duration)| format!("{name};dur={:.3}", milliseconds(duration)))
+    .join(", ");
+    [
+        (PREDICTION_ID, response.prediction.to_string()),
+        (MODEL_VERSION, response.version.to_string()),
+        (MODEL_DIGEST, response.digest.to_string()),
+        (SERVER_TIMING, timing),
+    ]
+    .into_iter()
+    .filter_map(|(name, value)| Some((name, HeaderValue::try_from(value).ok()?)))
+    .collect()
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}
+
+/// A response's body before it is sent.
+#[derive(Debug)]
+struct Written {
+    frames: Vec<Bytes>,
+    /// Bytes of JSON where binary tensors follow it.
+    json_length: Option<usize>,
+    encoding: Encoding,
+}
+
+impl Written {
+    fn compressed(self, encoding: Encoding, shortest: usize) -> Result<Written> {
+        let length: usize = self.frames.iter().map(Bytes::len).sum();
+        if encoding == Encoding::Identity || length < shortest {
+            return Ok(self);
+        }
+        let frames = vec![encoding::encode(encoding, &self.frames)?];
+        Ok(Written { frames, encoding, ..self })
+    }
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    #[serde(skip_serializing_if = "str::is_empty")]
+    id: &'a str,
+    model_name: &'a str,
+    model_version: String,
+    parameters: Parameters,
+    outputs: Vec<Output<'a>>,
+}
+
+#[derive(Serialize)]
+struct Parameters {
+    prediction_id: String,
+}
+
+#[derive(Serialize)]
+struct Output<'a> {
+    name: &'a str,
+    datatype: &'static str,
+    shape: &'a [usize],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parameters: Option<BinarySize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<Flat<'a>>,
+}
+
+#[derive(Serialize)]
+struct BinarySize {
+    binary_data_size: usize,
+}
+
+fn render(response: &InferResponse, wanted: &Wanted) -> Result<Written> {
+    let (mut outputs, mut tail, mut text) = (Vec::with_capacity(response.outputs.len()), Vec::new(), 0);
+    for NamedTensor { name, tensor } in &response.outputs {
+        let binary = wanted.as_binary(name);
+        if binary {
+            tail.push(tensor.data().clone());
+        } else {
+            check_text(name, tensor)?;
+            text += text_length(tensor);
+        }
+        outputs.push(Output {
+            name,
+            datatype: tensor.dtype().name(),
+            shape: tensor.shape().dims(),
+            parameters: binary.then(|| BinarySize { binary_data_size: tensor.data().len() }),
+            data: (!binary).then_some(Flat(tensor)),
+        });
+    }
+    let answer = Answer {
+        id: &response.id,
+        model_name: &response.model,
+        model_version: response.version.to_string(),
+        parameters: Parameters { prediction_id: response.prediction.to_string() },
+        outputs,
+    };
+    /// Names, shapes and ids; more than enough for most answers.
+    const ENVELOPE: usize = 512;
+    let mut json = Vec::with_capacity(ENVELOPE + text);
+    serde_json::to_writer(&mut json, &answer).map_err(|_| Error::internal("the response could not be written"))?;
+    let json_length = (!tail.is_empty()).then_some(json.len());
+    let frames = std::iter::once(Bytes::from(json)).chain(tail).filter(|frame| !frame.is_empty()).collect();
+    Ok(Written { frames, json_length, encoding: Encoding::Identity })
+}
+
+/// JSON has no bytes: an output that is not UTF-8 can only go as binary.
+fn check_text(output: &str, tensor: &Tensor) -> Result<()> {
+    match tensor.strings().position(|element| std::str::from_utf8(element).is_err()) {
+        None => Ok(()),
+        Some(index) => Err(Error::invalid(format!(
+            "element {index} of output '{output}' is not UTF-8, which JSON cannot carry: request the output with the \
+             parameter `binary_data` true"
+        ))),
+    }
+}
+
+/// About how long a tensor is as JSON, to allocate once.
+fn text_length(tensor: &Tensor) -> usize {
+    let per_element = match tensor.dtype() {
+        DataType::Bytes => return tensor.data().len(),
+        DataType::Fp32 | DataType::Fp64 => 12,
+        _ => 6,
+    };
+    tensor.shape().elements().saturating_mul(per_element)
+}
+
+/// A body of ready frames that holds the request's permit until the last one is taken or the client has gone.
+struct Frames {
+    frames: VecDeque<Bytes>,
+    _permit: Permit,
+}
+
+impl Frames {
+    fn remaining(&self) -> u64 {
+        self.frames.iter().map(|frame| frame.len() as u64).sum()
+    }
+}
+
+impl http_body::Body for Frames {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.frames.pop_front().map(|frame| Ok(Frame::data(frame))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.frames.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.remaining())
+    }
+}

@@ -1,0 +1,215 @@
+//! Reading a request's body: bounded in bytes, in time and in how slowly it may come.
+
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use bytes::{Bytes, BytesMut};
+use http_body::Body as _;
+use http_body_util::BodyExt;
+
+use super::Config;
+use crate::error::{Error, Kind, Result};
+use crate::request::Permit;
+
+/// The length the body declares, if it does. TooLarge before a byte is read where that is over `max`.
+pub(super) fn declared(body: &Body, max: usize) -> Result<Option<usize>> {
+    match body.size_hint().exact() {
+        None => Ok(None),
+        Some(length) => match usize::try_from(length) {
+            Ok(length) if length <= max => Ok(Some(length)),
+            _ => Err(too_large(max)),
+        },
+    }
+}
+
+fn too_large(max: usize) -> Error {
+    Error::too_large(format!("the request body is longer than {max} bytes"))
+}
+
+/// Reads the whole body. `permit` holds the declared bytes already, and grows with a body that declared none.
+pub(super) async fn read(
+    mut body: Body,
+    declared: Option<usize>,
+    config: &Config,
+    permit: &mut Permit,
+) -> Result<Bytes> {
+    let max = config.max_body_bytes;
+    let mut whole = Whole::default();
+    loop {
+        let deadline = latest(permit.arrived(), whole.length(), config);
+        let frame = tokio::time::timeout_at(deadline.into(), body.frame()).await.map_err(|_| slow(config))?;
+        let Some(frame) = frame else { return Ok(whole.into_bytes()) };
+        let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
+        if data.len() > max - whole.length() {
+            return Err(too_large(max));
+        }
+        if declared.is_none() {
+            permit.grow(data.len())?;
+        }
+        whole.push(data, declared);
+    }
+}
+
+/// When the next bytes must be there: the time for a whole body, or what the slowest rate allows for so few bytes.
+fn latest(start: Instant, received: usize, config: &Config) -> Instant {
+    let at_slowest = Duration::from_secs((received / config.min_body_rate.max(1)) as u64);
+    start + config.body_timeout.min(config.body_grace + at_slowest)
+}
+
+fn slow(config: &Config) -> Error {
+    Error::new(
+        Kind::RequestTimeout,
+        format!(
+            "the request body came too slowly, expected all of it within {} s and {} bytes a second",
+            config.body_timeout.as_secs(),
+            config.min_body_rate
+        ),
+    )
+}
+
+/// Whether the sender left or sent what is no HTTP body. Either way nothing of the request is executed.
+fn broken(error: axum::Error) -> Error {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+    while let Some(current) = cause {
+        let malformed = current
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|io| matches!(io.kind(), std::io::ErrorKind::InvalidInput | std::io::ErrorKind::InvalidData));
+        if malformed {
+            return Error::invalid("the request body is not framed as HTTP expects");
+        }
+        cause = current.source();
+    }
+    Error::new(Kind::Cancelled, "the client left before its request was whole")
+}
+
+/// A body as it comes in: a single frame is kept as it is, several are copied together, so that a body of tiny chunks
+/// costs no more memory than its bytes.
+#[derive(Default)]
+struct Whole {
+    first: Bytes,
+    rest: BytesMut,
+}
+
+impl Whole {
+    fn length(&self) -> usize {
+        if self.rest.is_empty() { self.first.len() } else { self.rest.len() }
+    }
+
+    fn push(&mut self, data: Bytes, declared: Option<usize>) {
+        if self.length() == 0 {
+            self.first = data;
+            return;
+        }
+        if self.rest.is_empty() {
+            self.rest.reserve(declared.unwrap_or(self.first.len() + data.len()));
+            self.rest.extend_from_slice(&std::mem::take(&mut self.first));
+        }
+        self.rest.extend_from_slice(&data);
+    }
+
+    fn into_bytes(self) -> Bytes {
+        if self.rest.is_empty() { self.first } else { self.rest.freeze() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use http_body::Frame;
+
+    use super::*;
+    use crate::request::{Budget, BudgetConfig};
+
+    /// Chunks of undeclared length, then an end, an error, or silence.
+    enum End {
+        Here,
+        Error(std::io::ErrorKind),
+        Silence,
+    }
+
+    struct Chunks(std::vec::IntoIter<&'static [u8]>, End);
+
+    impl http_body::Body for Chunks {
+        type Data = Bytes;
+        type Error = std::io::Error;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+            match (self.0.next(), &self.1) {
+                (Some(chunk), _) => Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(chunk))))),
+                (None, End::Here) => Poll::Ready(None),
+                (None, End::Error(kind)) => Poll::Ready(Some(Err((*kind).into()))),
+                (None, End::Silence) => Poll::Pending,
+            }
+        }
+    }
+
+    async fn read_all(chunks: Vec<&'static [u8]>, end: End, config: &Config, budget: usize) -> Result<Bytes> {
+        let budget = Budget::new(BudgetConfig { max_requests: 1, max_bytes: budget });
+        let mut permit = budget.admit(0, Instant::now()).unwrap();
+        let read = read(Body::new(Chunks(chunks.into_iter(), end)), None, config, &mut permit).await;
+        if let Ok(bytes) = &read {
+            assert_eq!(permit.bytes(), bytes.len());
+        }
+        read
+    }
+
+    #[tokio::test]
+    async fn chunks_join_up_to_the_limit() {
+        let config = Config { max_body_bytes: 6, ..Config::default() };
+        for (chunks, whole) in
+            [(vec![], &b""[..]), (vec![&b"abc"[..]], b"abc"), (vec![b"", b"ab", b"", b"c", b"def"], b"abcdef")]
+        {
+            assert_eq!(read_all(chunks, End::Here, &config, 100).await.unwrap(), whole);
+        }
+        let over = read_all(vec![b"abcd", b"efg"], End::Here, &config, 100).await.unwrap_err();
+        assert_eq!(over.kind(), Kind::TooLarge);
+        let budget = read_all(vec![b"abc", b"def"], End::Here, &config, 5).await.unwrap_err();
+        assert_eq!(budget.kind(), Kind::Overloaded);
+    }
+
+    #[tokio::test]
+    async fn a_declared_length_is_checked_unread() {
+        assert_eq!(declared(&Body::from("abc"), 3).unwrap(), Some(3));
+        assert_eq!(declared(&Body::from("abcd"), 3).unwrap_err().kind(), Kind::TooLarge);
+        let chunked = Body::new(Chunks(vec![].into_iter(), End::Silence));
+        assert_eq!(declared(&chunked, 3).unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn leaving_differs_from_garbage() {
+        use std::io::ErrorKind::{ConnectionReset, InvalidInput, UnexpectedEof};
+        let config = Config::default();
+        for (error, kind) in
+            [(UnexpectedEof, Kind::Cancelled), (ConnectionReset, Kind::Cancelled), (InvalidInput, Kind::InvalidInput)]
+        {
+            let refused = read_all(vec![b"abc"], End::Error(error), &config, 100).await.unwrap_err();
+            assert_eq!(refused.kind(), kind, "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn silence_times_out() {
+        let config = Config { body_grace: Duration::ZERO, ..Config::default() };
+        let error = read_all(vec![b"abc"], End::Silence, &config, 100).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::RequestTimeout);
+    }
+
+    #[test]
+    fn the_rate_buys_time_up_to_the_timeout() {
+        let config = Config {
+            body_timeout: Duration::from_secs(30),
+            body_grace: Duration::from_secs(5),
+            min_body_rate: 1024,
+            ..Config::default()
+        };
+        let start = Instant::now();
+        for (received, seconds) in [(0, 5), (1023, 5), (1024, 6), (10 * 1024, 15), (1 << 20, 30)] {
+            assert_eq!(latest(start, received, &config), start + Duration::from_secs(seconds));
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! One inference over REST: headers, then a permit, then the body, then the engine, then the response.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::response::Response;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName};
+
+use super::answer::{self, Wanted};
+use super::binary::{self, Layout, Tail};
+use super::encoding::{self, Encoding};
+use super::json::{self, Parsed};
+use super::parameters::OfRequest;
+use super::routes::Target;
+use super::{App, Config, ORIGIN, Refusal, body};
+use crate::error::{Error, Result};
+use crate::request::{InferRequest, MAX_NAME_BYTES, ModelRef, Permit};
+use crate::tensor::Signature;
+
+/// How long the client waits, in milliseconds; 0 is no limit. The parameter `timeout` counts in microseconds: where
+/// both are sent, the shorter one holds.
+const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout");
+/// What a canary splits by.
+const ROUTING_KEY: HeaderName = HeaderName::from_static("x-routing-key");
+
+pub(super) async fn infer(
+    State(app): State<App>,
+    target: Result<Target, Refusal>,
+    request: Request,
+) -> Result<Response, Refusal> {
+    let accepted = encoding::negotiated(request.headers());
+    let refused = |error: &Error| app.engine.refuse(ORIGIN, error);
+    let announced = announce(&app, target, request).inspect_err(refused)?;
+    // Records its own refusals, as `Engine::infer` does.
+    let permit = app.engine.admit(ORIGIN, announced.declared.unwrap_or(0))?;
+    let (request, wanted, permit) = receive(&app, announced, permit).await.inspect_err(refused)?;
+    let response = app.engine.infer(request, permit).await?;
+    Ok(answer::write(&app, response, wanted, accepted).await?)
+}
+
+/// What is known of a request before its body is read. A body that cannot be understood is better left unread.
+struct Announced {
+    model: ModelRef,
+    head: Head,
+    /// Where the body says nothing of names and shapes: raw mode.
+    signature: Option<Arc<Signature>>,
+    declared: Option<usize>,
+    body: Body,
+}
+
+fn announce(app: &App, target: Result<Target, Refusal>, request: Request) -> Result<Announced> {
+    let Target(model) = target.map_err(|Refusal(error)| error)?;
+    let (parts, body) = request.into_parts();
+    let head = Head::read(&parts.headers)?;
+    let signature = match head.layout {
+        Layout::Raw => Some(app.engine.model(&model.name, model.version)?.signature),
+        Layout::Json | Layout::Split(_) => None,
+    };
+    let declared = body::declared(&body, app.config.max_body_bytes)?;
+    Ok(Announced { model, head, signature, declared, body })
+}
+
+/// Reads the body into the request that every protocol hands to the engine.
+async fn receive(app: &App, announced: Announced, mut permit: Permit) -> Result<(InferRequest, Wanted, Permit)> {
+    let Announced { model, head, signature, declared, body } = announced;
+    let body = body::read(body, declared, &app.config, &mut permit).await?;
+    // How much a compressed body holds is not known before it is decompressed.
+    let bytes = if head.encoding == Encoding::Identity { body.len() } else { usize::MAX };
+    let (config, name) = (Arc::clone(&app.config), model.name.clone());
+    let (encoding, layout) = (head.encoding, head.layout);
+    let understand = move || {
+        let body = encoding::decode(encoding, body, config.max_body_bytes, &mut permit)?;
+        let parsed = understand(body, layout, &name, signature.as_deref(), &config, &mut permit)?;
+        Ok((parsed, permit))
+    };
+    let (parsed, permit) = app.offload(bytes, understand).await?;
+
+    let Parsed { id, parameters, inputs, outputs } = parsed;
+    let request = InferRequest {
+        id,
+        model,
+        inputs,
+        outputs: outputs.iter().map(|output| output.name.clone()).collect(),
+        timeout: [parameters.timeout, head.timeout].into_iter().flatten().min(),
+        priority: parameters.priority,
+        route_key: head.route_key,
+        origin: ORIGIN,
+    };
+    Ok((request, Wanted { outputs, binary: parameters.binary_data_output }, permit))
+}
+
+/// From a body's bytes to named tensors and what was asked about them.
+fn understand(
+    body: Bytes,
+    layout: Layout,
+    model: &str,
+    signature: Option<&Signature>,
+    config: &Config,
+    permit: &mut Permit,
+) -> Result<Parsed> {
+    match (layout, signature) {
+        (Layout::Raw, Some(signature)) => Ok(Parsed {
+            id: String::new(),
+            parameters: OfRequest { binary_data_output: true, ..OfRequest::default() },
+            inputs: vec![binary::raw(body, model, signature, config)?],
+            outputs: Vec::new(),
+        }),
+        (Layout::Split(length), _) => {
+            let (json, tail) = binary::split(body, length, config)?;
+            json::parse(model, &json, tail, config, permit)
+        }
+        (Layout::Json | Layout::Raw, _) => json::parse(model, &body, Tail::empty(), config, permit),
+    }
+}
+
+/// What an infer request says in its headers.
+#[derive(Debug)]
+struct Head {
+    encoding: Encoding,
+    layout: Layout,
+    timeout: Option<Duration>,
+    route_key: Option<String>,
+}
+
+impl Head {
+    fn read(headers: &HeaderMap) -> Result<Head> {
+        Ok(Head {
+            encoding: encoding::of_request(headers)?,
+            layout: binary::layout(headers)?,
+            timeout: timeout(headers)?,
+            route_key: route_key(headers)?,
+        })
+    }
+}
+
+fn timeout(headers: &HeaderMap) -> Result<Option<Duration>> {
+    let Some(value) = headers.get(TIMEOUT) else { return Ok(None) };
+    let digits = value.to_str().ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let millis: u64 = digits
+        .and_then(|digits| digits.parse().ok())
+        .ok_or_else(|| Error::invalid(format!("header `{TIMEOUT}` is not a number of milliseconds")))?;
+    Ok((millis > 0).then(|| Duration::from_millis(millis)))
+}
+
+fn route_key(headers: &HeaderMap) -> Result<Option<String>> {
+    let Some(value) = headers.get(ROUTING_KEY) else { return Ok(None) };
+    let key = std::str::from_utf8(value.as_bytes()).ok().filter(|key| key.len() <= MAX_NAME_BYTES);
+    let key = key.ok_or_else(|| {
+        Error::invalid(format!("header `{ROUTING_KEY}` is not UTF-8 text of at most {MAX_NAME_BYTES} bytes"))
+    })?;
+    Ok(Some(key.to_string()))
+}

@@ -1,0 +1,163 @@
+//! The Open Inference Protocol V2 over REST, with the binary tensor extension and gzip or deflate both ways.
+//!
+//! `routes` maps paths to handlers · `infer` is the way of one inference · `body` and `encoding` read it within bounds ·
+//! `json` turns it into tensors, by way of `envelope`, `parameters`, `data`, `number` and `binary` · `answer` writes the
+//! response · `repository` lists what is there. Owns parsing, HTTP limits and texts. Knows nothing of the listener, of batching or of models.
+//!
+//! A body is not read before a permit holds its declared bytes. Work that may take more than about 500 µs runs on the
+//! CPU pool. No request needs a `Content-Type`, as real clients send none.
+
+mod answer;
+mod binary;
+mod body;
+mod data;
+mod encoding;
+mod envelope;
+mod infer;
+mod json;
+mod number;
+mod parameters;
+mod repository;
+mod routes;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::response::{IntoResponse, Response};
+use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderValue, StatusCode};
+use serde::Serialize;
+
+use super::status::Status;
+use crate::engine::Engine;
+use crate::error::{Error, Kind, Result};
+use crate::request::{Origin, Protocol};
+
+/// Limits of the REST data port. All are checked before memory is taken for what they bound.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The request body as sent, as decompressed, and each of its tensors: 64 MiB, Triton's default.
+    pub max_body_bytes: usize,
+    /// The JSON in front of binary tensors: 1 MiB.
+    pub max_json_header_bytes: usize,
+    /// Nesting of JSON: 64 levels.
+    pub max_json_depth: usize,
+    /// For a whole body to arrive: 30 s.
+    pub body_timeout: Duration,
+    /// Before the slowest rate counts: 5 s.
+    pub body_grace: Duration,
+    /// The slowest a body may come, in bytes per second: 1024.
+    pub min_body_rate: usize,
+    /// Inputs of a request: 64.
+    pub max_inputs: usize,
+    /// Requested outputs of a request: 256.
+    pub max_outputs: usize,
+    /// Parameters of a request, an input or an output: 64.
+    pub max_parameters: usize,
+    /// All parameters of a request, an input or an output, as JSON text: 256 KiB.
+    pub max_parameters_bytes: usize,
+    /// Elements of a BYTES tensor: 1 Mi.
+    pub max_string_elements: usize,
+    /// One element of a BYTES tensor: 16 MiB.
+    pub max_string_bytes: usize,
+    /// Bytes parsed or formatted on the async thread; more go to the CPU pool: 128 KiB, about 500 µs of JSON numbers.
+    pub inline_bytes: usize,
+    /// The shortest response worth compressing: 1 KiB.
+    pub min_compressed_bytes: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            max_body_bytes: 64 << 20,
+            max_json_header_bytes: 1 << 20,
+            max_json_depth: 64,
+            body_timeout: Duration::from_secs(30),
+            body_grace: Duration::from_secs(5),
+            min_body_rate: 1024,
+            max_inputs: 64,
+            max_outputs: 256,
+            max_parameters: 64,
+            max_parameters_bytes: 256 << 10,
+            max_string_elements: 1 << 20,
+            max_string_bytes: 16 << 20,
+            inline_bytes: 128 << 10,
+            min_compressed_bytes: 1 << 10,
+        }
+    }
+}
+
+/// The REST data port's routes, to be served by any HTTP/1.1 or HTTP/2 listener.
+pub fn router(engine: Arc<Engine>, config: Config) -> axum::Router {
+    routes::routes(App { engine, config: Arc::new(config) })
+}
+
+/// The admin port's routes: for now the repository index.
+pub fn admin(engine: Arc<Engine>, config: Config) -> axum::Router {
+    routes::admin(App { engine, config: Arc::new(config) })
+}
+
+const ORIGIN: Origin = Origin { protocol: Protocol::Http };
+
+#[derive(Clone)]
+struct App {
+    engine: Arc<Engine>,
+    config: Arc<Config>,
+}
+
+impl App {
+    /// Runs `work` here where it is on few bytes, on the CPU pool where it is not.
+    async fn offload<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        if bytes <= self.config.inline_bytes {
+            return work();
+        }
+        self.engine.cpu().run(work).await?
+    }
+}
+
+/// An error as this protocol says it.
+struct Refusal(Error);
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Refusal {
+        Refusal(error)
+    }
+}
+
+/// Longest message of an error body, in bytes: it may list a model's inputs.
+const MAX_MESSAGE_BYTES: usize = 1000;
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        #[derive(Serialize)]
+        struct Body<'a> {
+            error: &'a str,
+        }
+        let Refusal(error) = self;
+        let status = Status::of(error.kind());
+        let message = error.message();
+        let code = StatusCode::from_u16(status.http).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let mut response = json(code, &Body { error: &message[..message.floor_char_boundary(MAX_MESSAGE_BYTES)] });
+        if let Some(seconds) = status.retry_after {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if error.kind() == Kind::UnsupportedMedia {
+            response.headers_mut().insert(ACCEPT_ENCODING, HeaderValue::from_static(encoding::ACCEPTED));
+        }
+        response
+    }
+}
+
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+fn json(status: StatusCode, body: &impl Serialize) -> Response {
+    match serde_json::to_vec(body) {
+        Ok(body) => (status, [(CONTENT_TYPE, JSON)], body).into_response(),
+        // Bodies are plain structs of strings and numbers; only a map with other keys than strings could fail.
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}

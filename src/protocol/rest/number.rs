@@ -1,0 +1,182 @@
+//! JSON numbers as the elements of tensors, exactly.
+//!
+//! An integer is taken where its value is one, however it is written (`2`, `2.0`, `2e0`), and refused where it has a
+//! fraction or does not fit. FP32 and FP64 are the nearest value to the decimal text; FP16 and BF16 the nearest even to
+//! that text's FP64. What would round to infinity is refused: JSON has no infinity.
+
+use std::fmt;
+
+use half::{bf16, f16};
+
+use crate::error::{Error, Result};
+use crate::tensor::{DataType, Element};
+
+pub(super) trait Number: Element {
+    /// From a JSON number's text.
+    fn read(token: &str) -> Result<Self, Fault>;
+}
+
+macro_rules! integers {
+    ($($rust:ty),*) => {
+        $(impl Number for $rust {
+            fn read(token: &str) -> Result<Self, Fault> {
+                let dtype = Self::DTYPE;
+                // Plain digits, which is nearly always; the rest is rare enough to be slow.
+                if let Ok(value) = token.parse() {
+                    return Ok(value);
+                }
+                Self::try_from(integer(token, dtype)?).map_err(|_| Fault::Range { dtype })
+            }
+        })*
+    };
+}
+integers!(u8, u16, u32, u64, i8, i16, i32, i64);
+
+macro_rules! floats {
+    ($($rust:ty: $read:expr),* $(,)?) => {
+        $(impl Number for $rust {
+            fn read(token: &str) -> Result<Self, Fault> {
+                let read: fn(&str) -> Option<$rust> = $read;
+                read(token).filter(|value| value.is_finite()).ok_or(Fault::Range { dtype: Self::DTYPE })
+            }
+        })*
+    };
+}
+floats! {
+    f32: |token| token.parse().ok(),
+    f64: |token| token.parse().ok(),
+    f16: |token| token.parse().ok().map(f16::from_f64),
+    bf16: |token| token.parse().ok().map(bf16::from_f64),
+}
+
+/// The most digits an integer of interest has: 2^64 has 20.
+const MAX_DIGITS: usize = 20;
+
+/// The value of a JSON number that is whole, however written, in time linear in its length.
+fn integer(token: &str, dtype: DataType) -> Result<i128, Fault> {
+    let (negative, token) = token.strip_prefix('-').map_or((false, token), |rest| (true, rest));
+    let (mantissa, exponent) = token.split_once(['e', 'E']).unwrap_or((token, "0"));
+    let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let digits = [whole, fraction].concat();
+    let digits = digits.trim_start_matches('0');
+    let significant = digits.trim_end_matches('0');
+    if significant.is_empty() {
+        return Ok(0);
+    }
+    // The value is the significant digits × 10^scale.
+    let zeros = digits.len() - significant.len();
+    let scale = power(exponent) + zeros as i64 - fraction.len() as i64;
+    let Ok(scale) = u32::try_from(scale) else {
+        return Err(if scale < 0 { Fault::Fraction { dtype } } else { Fault::Range { dtype } });
+    };
+    if significant.len() + scale as usize > MAX_DIGITS {
+        return Err(Fault::Range { dtype });
+    }
+    let value = significant.bytes().fold(0, |value, digit| value * 10 + i128::from(digit - b'0'));
+    let value = value * 10i128.pow(scale);
+    Ok(if negative { -value } else { value })
+}
+
+/// A JSON exponent, held to a range in which sums cannot overflow.
+fn power(exponent: &str) -> i64 {
+    const LIMIT: i64 = 1 << 40;
+    let (negative, digits) = match exponent.as_bytes() {
+        [b'-', digits @ ..] => (true, digits),
+        [b'+', digits @ ..] => (false, digits),
+        digits => (false, digits),
+    };
+    let value = digits.iter().fold(0i64, |value, digit| (value * 10 + i64::from(digit - b'0')).min(LIMIT));
+    if negative { -value } else { value }
+}
+
+/// Why an element was refused.
+pub(super) enum Fault {
+    Type { found: &'static str, expected: &'static str },
+    Range { dtype: DataType },
+    Fraction { dtype: DataType },
+    Escape,
+    TooLong { max: usize },
+}
+
+impl Fault {
+    pub(super) fn at(self, name: &str, index: usize) -> Error {
+        let message = format!("element {index} of input '{name}' is {self}");
+        if matches!(self, Fault::TooLong { .. }) { Error::too_large(message) } else { Error::invalid(message) }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fault::Type { found, expected } => write!(f, "{found}, expected {expected}"),
+            Fault::Range { dtype } => write!(f, "a number out of range, expected {dtype}"),
+            Fault::Fraction { dtype } => write!(f, "a number with a fraction, expected {dtype}"),
+            Fault::Escape => f.write_str("a string with half a surrogate pair, expected Unicode"),
+            Fault::TooLong { max } => write!(f, "longer than expected: at most {max} bytes"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one<T: Number>(text: &str) -> Result<T> {
+        T::read(text).map_err(|fault| fault.at("x", 0))
+    }
+
+    #[test]
+    fn integers_are_exact_however_they_are_written() {
+        for (text, value) in [
+            ("9007199254740993", 9_007_199_254_740_993),
+            ("9007199254740993.0", 9_007_199_254_740_993),
+            ("-9223372036854775808", i64::MIN),
+            ("9223372036854775807e0", i64::MAX),
+            ("1e3", 1000),
+            ("1.5e1", 15),
+            ("0.0001E+4", 1),
+            ("1200e-2", 12),
+            ("-0", 0),
+            ("-0.0", 0),
+            ("0e99999999999999999999", 0),
+        ] {
+            assert_eq!(one::<i64>(text).unwrap(), value, "{text}");
+        }
+        assert_eq!(one::<u64>("18446744073709551615").unwrap(), u64::MAX);
+        assert_eq!(one::<u64>("18446744073709551615.000").unwrap(), u64::MAX);
+        assert_eq!(one::<u8>("-0").unwrap(), 0);
+        assert_eq!(one::<i8>("-1.28e2").unwrap(), -128);
+    }
+
+    #[test]
+    fn integers_that_do_not_fit_are_refused() {
+        for text in ["9223372036854775808", "-9223372036854775809", "1e19", "1e400", "1e99999999999999999999"] {
+            assert!(one::<i64>(text).unwrap_err().message().contains("out of range"), "{text}");
+        }
+        for text in ["1.5", "1e-1", "15e-1", "0.1", "1e-99999999999999999999", "123456789012345678901234567890.5"] {
+            assert!(one::<i64>(text).unwrap_err().message().contains("fraction"), "{text}");
+        }
+        assert!(one::<u64>("18446744073709551616").is_err() && one::<u64>("-1").is_err());
+        assert!(one::<u8>("300").is_err() && one::<i8>("128").is_err() && one::<u32>("-1").is_err());
+        assert!(one::<i64>(&"9".repeat(1_000_000)).is_err());
+        assert!(one::<i64>(&format!("1e{}", "9".repeat(1_000_000))).is_err());
+    }
+
+    #[test]
+    fn floats_are_the_nearest_and_never_infinite() {
+        assert_eq!(one::<f32>("16777217").unwrap(), 16_777_216.0);
+        // Between two floats, a hair above the middle: by way of a double it would round down.
+        assert_eq!(one::<f32>("1.00000005960464477540").unwrap(), 1.000_000_1);
+        assert_eq!(one::<f32>("-0").unwrap().to_bits(), (-0.0f32).to_bits());
+        assert_eq!(one::<f64>("0.1").unwrap(), 0.1);
+        assert_eq!(one::<f16>("65504").unwrap(), f16::MAX);
+        assert_eq!(one::<f16>("2049").unwrap(), f16::from_f32(2048.0));
+        assert_eq!(one::<bf16>("1.00390625").unwrap(), bf16::from_f32(1.0));
+        for text in ["1e39", "-1e39", "1e999", "1E400"] {
+            assert!(one::<f32>(text).is_err(), "{text}");
+        }
+        assert!(one::<f64>("1e999").is_err() && one::<f16>("65520").is_err() && one::<bf16>("3.4e38").is_err());
+        assert!(one::<f64>(&format!("0.{}", "1".repeat(1_000_000))).is_ok());
+        assert!(one::<f64>(&format!("1e{}", "9".repeat(1_000_000))).is_err());
+    }
+}

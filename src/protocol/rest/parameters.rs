@@ -1,0 +1,295 @@
+//! The `parameters` objects of a request, its inputs and its requested outputs.
+//!
+//! Unknown parameters are ignored, `triton_*` ones among them, so that no caller can forge what a server adds. Those
+//! that would change what a request means and are not offered are refused where they are switched on.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use super::Config;
+use super::json::malformed;
+use crate::error::{Error, Kind, Result, quoted};
+use crate::request::{MAX_NAME_BYTES, Priority};
+
+/// Extensions that are not offered, by the parameters that ask for them.
+const NOT_OFFERED: [&str; 7] = [
+    "sequence_id",
+    "sequence_start",
+    "sequence_end",
+    "shared_memory_region",
+    "shared_memory_byte_size",
+    "shared_memory_offset",
+    "classification",
+];
+
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct OfRequest {
+    /// `timeout` in microseconds; 0 is none.
+    pub timeout: Option<Duration>,
+    pub priority: Priority,
+    /// Whether outputs that don't say otherwise are returned as binary.
+    pub binary_data_output: bool,
+}
+
+pub(super) fn of_request(raw: Option<&RawValue>, config: &Config) -> Result<OfRequest> {
+    let mut found = OfRequest::default();
+    each(raw, "the request", config, |key, value| {
+        match key {
+            "timeout" => {
+                let micros = value.uint().ok_or_else(|| expected(key, "the request", "microseconds, 0 or more"))?;
+                found.timeout = (micros > 0).then(|| Duration::from_micros(micros));
+            }
+            "priority" => {
+                let priority = value.uint().ok_or_else(|| expected(key, "the request", "a number from 0 to 2^64-1"))?;
+                found.priority = Priority::from_wire(priority);
+            }
+            "binary_data_output" => {
+                found.binary_data_output = value.flag().ok_or_else(|| expected(key, "the request", "true or false"))?;
+            }
+            _ => {}
+        }
+        Ok(())
+    })?;
+    Ok(found)
+}
+
+/// The input's `binary_data_size`.
+pub(super) fn of_input(raw: Option<&RawValue>, input: &str, config: &Config) -> Result<Option<u64>> {
+    let mut size = None;
+    let owner = format!("input '{}'", quoted(input));
+    each(raw, &owner, config, |key, value| {
+        if key == "binary_data_size" {
+            size = Some(value.uint().ok_or_else(|| expected(key, &owner, "a number of bytes"))?);
+        }
+        Ok(())
+    })?;
+    Ok(size)
+}
+
+/// The output's `binary_data`.
+pub(super) fn of_output(raw: Option<&RawValue>, output: &str, config: &Config) -> Result<Option<bool>> {
+    let mut binary = None;
+    let owner = format!("output '{}'", quoted(output));
+    each(raw, &owner, config, |key, value| {
+        if key == "binary_data" {
+            binary = Some(value.flag().ok_or_else(|| expected(key, &owner, "true or false"))?);
+        }
+        Ok(())
+    })?;
+    Ok(binary)
+}
+
+fn expected(key: &str, owner: &str, expected: &str) -> Error {
+    Error::invalid(format!("parameter `{key}` of {owner} is not as expected: {expected}"))
+}
+
+fn each(
+    raw: Option<&RawValue>,
+    owner: &str,
+    config: &Config,
+    mut visit: impl FnMut(&str, &Value) -> Result<()>,
+) -> Result<()> {
+    let Some(raw) = raw else { return Ok(()) };
+    if raw.get().len() > config.max_parameters_bytes {
+        let max = config.max_parameters_bytes;
+        return Err(Error::invalid(format!("the parameters of {owner} are longer than {max} bytes")));
+    }
+    let Entries(entries) = serde_json::from_str(raw.get()).map_err(malformed)?;
+    if entries.len() > config.max_parameters {
+        let (found, max) = (entries.len(), config.max_parameters);
+        return Err(Error::invalid(format!("{owner} has {found} parameters, expected at most {max}")));
+    }
+    let mut seen: Vec<&str> = Vec::with_capacity(entries.len());
+    for (key, value) in &entries {
+        if seen.contains(&&**key) {
+            return Err(Error::invalid(format!("parameter `{}` of {owner} is given more than once", quoted(key))));
+        }
+        seen.push(key);
+        if key.len() > MAX_NAME_BYTES {
+            let found = key.len();
+            return Err(Error::invalid(format!(
+                "a parameter's name in {owner} has {found} bytes, expected at most {MAX_NAME_BYTES}"
+            )));
+        }
+        if NOT_OFFERED.contains(&&**key) && !value.is_off() {
+            return Err(Error::new(Kind::Unsupported, format!("parameter `{key}` of {owner} is not supported")));
+        }
+        visit(key, value)?;
+    }
+    Ok(())
+}
+
+#[derive(Debug, PartialEq)]
+enum Value {
+    Bool(bool),
+    Uint(u64),
+    /// Negative, fractional or beyond 64 bits: nothing that a parameter here wants.
+    Number,
+    Text {
+        empty: bool,
+    },
+}
+
+impl Value {
+    fn uint(&self) -> Option<u64> {
+        if let Value::Uint(value) = self { Some(*value) } else { None }
+    }
+
+    fn flag(&self) -> Option<bool> {
+        if let Value::Bool(value) = self { Some(*value) } else { None }
+    }
+
+    /// Says the same as being absent.
+    fn is_off(&self) -> bool {
+        matches!(self, Value::Bool(false) | Value::Uint(0) | Value::Text { empty: true })
+    }
+}
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
+        struct OfValue;
+        impl Visitor<'_> for OfValue {
+            type Value = Value;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a string, a number or a boolean")
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+                Ok(Value::Bool(value))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+                Ok(Value::Uint(value))
+            }
+
+            fn visit_i64<E>(self, _: i64) -> Result<Value, E> {
+                Ok(Value::Number)
+            }
+
+            fn visit_f64<E>(self, _: f64) -> Result<Value, E> {
+                Ok(Value::Number)
+            }
+
+            fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+                Ok(Value::Text { empty: value.is_empty() })
+            }
+        }
+        deserializer.deserialize_any(OfValue)
+    }
+}
+
+/// In the order sent, repeated keys included. Bounded by the text's length, which was checked.
+struct Entries<'a>(Vec<(Cow<'a, str>, Value)>);
+
+impl<'de> Deserialize<'de> for Entries<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OfEntries;
+        impl<'de> Visitor<'de> for OfEntries {
+            type Value = Entries<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object of parameters")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(key) = map.next_key::<Cow<'de, str>>()? {
+                    let value =
+                        map.next_value().map_err(|error| A::Error::custom(format_args!("parameter: {error}")))?;
+                    entries.push((key, value));
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(OfEntries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(text: &str) -> Box<RawValue> {
+        RawValue::from_string(text.to_string()).unwrap()
+    }
+
+    fn request(text: &str) -> Result<OfRequest> {
+        of_request(Some(&raw(text)), &Config::default())
+    }
+
+    #[test]
+    fn known_parameters_are_read() {
+        let found = request(r#"{"timeout":1500,"priority":1,"binary_data_output":true,"triton_x":"y","other":1.5}"#);
+        let expected = OfRequest {
+            timeout: Some(Duration::from_micros(1500)),
+            priority: Priority::from_wire(1),
+            binary_data_output: true,
+        };
+        assert_eq!(found.unwrap(), expected);
+        assert_eq!(request(r#"{"timeout":0,"priority":0}"#).unwrap(), OfRequest::default());
+        assert_eq!(of_request(None, &Config::default()).unwrap(), OfRequest::default());
+        let size = of_input(Some(&raw(r#"{"binary_data_size":18446744073709551615}"#)), "x", &Config::default());
+        assert_eq!(size.unwrap(), Some(u64::MAX));
+        assert_eq!(of_output(Some(&raw(r#"{"binary_data":false}"#)), "y", &Config::default()).unwrap(), Some(false));
+    }
+
+    #[test]
+    fn bad_values_are_refused() {
+        for text in [
+            r#"{"timeout":-1}"#,
+            r#"{"timeout":1.5}"#,
+            r#"{"timeout":"1"}"#,
+            r#"{"timeout":18446744073709551616}"#,
+            r#"{"priority":true}"#,
+            r#"{"binary_data_output":1}"#,
+            r#"{"timeout":1,"timeout":2}"#,
+            r#"{"other":null}"#,
+            r#"{"other":[1]}"#,
+            r#"{"other":{"a":1}}"#,
+            r#"[]"#,
+            r#""x""#,
+        ] {
+            assert_eq!(request(text).unwrap_err().kind(), Kind::InvalidInput, "{text}");
+        }
+        for text in ["-1", "1.0", "\"1\"", "true", "18446744073709551616"] {
+            let parameters = raw(&format!(r#"{{"binary_data_size":{text}}}"#));
+            assert!(of_input(Some(&parameters), "x", &Config::default()).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn extensions_not_offered_are_named_where_switched_on() {
+        for (on, name) in [
+            (r#"{"sequence_id":42}"#, "sequence_id"),
+            (r#"{"sequence_id":"a"}"#, "sequence_id"),
+            (r#"{"sequence_start":true}"#, "sequence_start"),
+            (r#"{"classification":3}"#, "classification"),
+            (r#"{"classification":9223372036854775808}"#, "classification"),
+            (r#"{"shared_memory_region":"r"}"#, "shared_memory_region"),
+        ] {
+            let error = request(on).unwrap_err();
+            assert_eq!(error.kind(), Kind::Unsupported);
+            assert!(error.message().contains(name), "{}", error.message());
+        }
+        request(r#"{"sequence_id":0,"sequence_start":false,"classification":0,"shared_memory_region":""}"#).unwrap();
+    }
+
+    #[test]
+    fn counts_and_lengths_are_bounded() {
+        let many = |n: usize| {
+            let entries: Vec<String> = (0..n).map(|i| format!("\"p{i}\":0")).collect();
+            format!("{{{}}}", entries.join(","))
+        };
+        let config = Config::default();
+        request(&many(config.max_parameters)).unwrap();
+        assert!(request(&many(config.max_parameters + 1)).is_err());
+        assert!(request(&format!(r#"{{"{}":0}}"#, "k".repeat(257))).is_err());
+        assert!(request(&format!(r#"{{"k":"{}"}}"#, "v".repeat(config.max_parameters_bytes))).is_err());
+    }
+}

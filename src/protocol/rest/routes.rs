@@ -1,0 +1,190 @@
+//! Paths, methods and everything but inference: health, metadata, and the 404 and 405 that every client understands.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{FromRequestParts, RawPathParams, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, post};
+use http::StatusCode;
+use http::request::Parts;
+use serde::{Serialize, Serializer};
+
+use super::{App, Refusal, infer, json, repository};
+use crate::error::{Error, Kind, Result, quoted};
+use crate::protocol::EXTENSIONS;
+use crate::request::{MAX_NAME_BYTES, ModelRef, VersionId};
+use crate::tensor::TensorSpec;
+
+pub(super) fn routes(app: App) -> Router {
+    let router = Router::new();
+    let router = at(router, "/v2", get(server));
+    let router = at(router, "/v2/health/live", get(live));
+    let router = at(router, "/v2/health/ready", get(ready));
+    let router = at(router, "/v2/models", get(models));
+    let router = at(router, "/v2/repository/index", post(repository::index));
+    let router = at(router, "/v2/repository/models/{model}/load", post(repository::refuse));
+    let router = at(router, "/v2/repository/models/{model}/unload", post(repository::refuse));
+    ["/v2/models/{model}", "/v2/models/{model}/versions/{version}"]
+        .into_iter()
+        .fold(router, |router, model| {
+            let router = at(router, model, get(metadata));
+            let router = at(router, &format!("{model}/ready"), get(model_ready));
+            at(router, &format!("{model}/infer"), post(infer::infer))
+        })
+        .fallback(unknown)
+        .method_not_allowed_fallback(not_allowed)
+        .with_state(app)
+}
+
+pub(super) fn admin(app: App) -> Router {
+    at(Router::new(), "/v2/repository/index", post(repository::index))
+        .fallback(unknown)
+        .method_not_allowed_fallback(not_allowed)
+        .with_state(app)
+}
+
+/// With and without a trailing slash.
+fn at(router: Router<App>, path: &str, methods: MethodRouter<App>) -> Router<App> {
+    router.route(path, methods.clone()).route(&format!("{path}/"), methods)
+}
+
+async fn unknown() -> Refusal {
+    Refusal(Error::not_found("Not Found"))
+}
+
+async fn not_allowed() -> Refusal {
+    Refusal(Error::new(Kind::MethodNotAllowed, "Method Not Allowed"))
+}
+
+/// The model that a path names, percent-decoded.
+pub(super) struct Target(pub ModelRef);
+
+impl<S: Send + Sync> FromRequestParts<S> for Target {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Target, Refusal> {
+        let segments = RawPathParams::from_request_parts(parts, state)
+            .await
+            .map_err(|_| Error::invalid("the path is not UTF-8 once percent-decoded"))?;
+        let mut target = ModelRef { name: String::new(), version: None };
+        for (key, value) in &segments {
+            if key == "model" {
+                target.name = model_name(value)?;
+            } else {
+                target.version = Some(version(value)?);
+            }
+        }
+        Ok(Target(target))
+    }
+}
+
+fn model_name(name: &str) -> Result<String> {
+    if name.is_empty() {
+        return Err(Error::not_found("Not Found"));
+    }
+    if name.len() > MAX_NAME_BYTES {
+        let found = name.len();
+        return Err(Error::invalid(format!("the model's name has {found} bytes, expected at most {MAX_NAME_BYTES}")));
+    }
+    Ok(name.to_string())
+}
+
+fn version(text: &str) -> Result<VersionId> {
+    VersionId::parse(text)
+        .ok_or_else(|| Error::invalid(format!("model version '{}' is not a number from 1 up", quoted(text))))
+}
+
+fn verdict(yes: bool) -> StatusCode {
+    if yes { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+}
+
+async fn live(State(app): State<App>) -> Response {
+    #[derive(Serialize)]
+    struct Body {
+        live: bool,
+    }
+    let live = app.engine.live();
+    json(verdict(live), &Body { live })
+}
+
+async fn ready(State(app): State<App>) -> Response {
+    #[derive(Serialize)]
+    struct Body {
+        ready: bool,
+    }
+    let ready = app.engine.ready();
+    json(verdict(ready), &Body { ready })
+}
+
+async fn server() -> Response {
+    #[derive(Serialize)]
+    struct Body {
+        name: &'static str,
+        version: &'static str,
+        extensions: &'static [&'static str],
+    }
+    json(
+        StatusCode::OK,
+        &Body { name: env!("CARGO_PKG_NAME"), version: env!("CARGO_PKG_VERSION"), extensions: EXTENSIONS },
+    )
+}
+
+async fn models(State(app): State<App>) -> Response {
+    #[derive(Serialize)]
+    struct Body<'a> {
+        models: Vec<&'a str>,
+    }
+    let models: Vec<Arc<str>> = app.engine.models();
+    json(StatusCode::OK, &Body { models: models.iter().map(|name| &**name).collect() })
+}
+
+async fn model_ready(State(app): State<App>, Target(target): Target) -> Result<Response, Refusal> {
+    #[derive(Serialize)]
+    struct Body<'a> {
+        name: &'a str,
+        ready: bool,
+    }
+    let ready = app.engine.model_ready(&target.name, target.version)?;
+    Ok(json(verdict(ready), &Body { name: &target.name, ready }))
+}
+
+async fn metadata(State(app): State<App>, Target(target): Target) -> Result<Response, Refusal> {
+    #[derive(Serialize)]
+    struct Body<'a> {
+        name: &'a str,
+        versions: Vec<String>,
+        platform: &'a str,
+        inputs: Vec<TensorMetadata<'a>>,
+        outputs: Vec<TensorMetadata<'a>>,
+        #[serde(serialize_with = "as_object")]
+        properties: &'a [(&'static str, String)],
+    }
+    let model = app.engine.model(&target.name, target.version)?;
+    let body = Body {
+        name: &model.name,
+        versions: model.versions.iter().map(VersionId::to_string).collect(),
+        platform: model.platform,
+        inputs: model.signature.inputs.iter().map(TensorMetadata::of).collect(),
+        outputs: model.signature.outputs.iter().map(TensorMetadata::of).collect(),
+        properties: &model.properties,
+    };
+    Ok(json(StatusCode::OK, &body).into_response())
+}
+
+#[derive(Serialize)]
+struct TensorMetadata<'a> {
+    name: &'a str,
+    datatype: &'static str,
+    shape: Vec<i64>,
+}
+
+impl<'a> TensorMetadata<'a> {
+    fn of(spec: &'a TensorSpec) -> TensorMetadata<'a> {
+        TensorMetadata { name: &spec.name, datatype: spec.dtype.name(), shape: spec.to_wire() }
+    }
+}
+
+fn as_object<S: Serializer>(properties: &&[(&'static str, String)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(properties.iter().map(|(key, value)| (key, value)))
+}
