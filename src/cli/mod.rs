@@ -1,0 +1,101 @@
+//! The command line: one file per subcommand. The only module that prints, and the only one that uses `anyhow`.
+
+mod inspect;
+mod logging;
+mod serve;
+mod surroundings;
+mod validate;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+use crate::registry::{self, EngineChoice, EnginesConfig};
+
+/// Something was wrong with what was asked: a bad flag, a bad configuration, an unusable registry.
+const EXIT_USAGE: u8 = 2;
+
+#[derive(Parser)]
+#[command(
+    name = "tidegate",
+    version,
+    about = "Serves ONNX models over the Open Inference Protocol",
+    max_term_width = 100
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve a registry of models over REST and gRPC
+    Serve(serve::Arguments),
+    /// Show what a model takes and gives, which engine runs it, and whether it batches and why
+    Inspect(inspect::Arguments),
+    /// Load every version of a registry, warm it, and compare its answers with its golden files
+    Validate(validate::Arguments),
+}
+
+#[expect(clippy::print_stderr, reason = "the one place where a command's failure is told")]
+/// Parses, runs, and maps the result to an exit code: 0 done, 1 failed, 2 not usable as asked.
+pub fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Serve(arguments) => serve::run(arguments),
+        Command::Inspect(arguments) => inspect::run(arguments),
+        Command::Validate(arguments) => validate::run(arguments),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("tidegate: {error:#}");
+        ExitCode::from(EXIT_USAGE)
+    })
+}
+
+/// Flags that choose the engine, shared by the commands that load models without a server.
+#[derive(clap::Args)]
+struct EngineArguments {
+    /// `auto`, `onnxruntime` or `tract`
+    #[arg(long, default_value = "auto")]
+    engine: String,
+    /// Path of ONNX Runtime's library; otherwise ORT_DYLIB_PATH, then beside the binary
+    #[arg(long, value_name = "FILE")]
+    onnxruntime: Option<PathBuf>,
+}
+
+impl EngineArguments {
+    /// A registry that is loaded once and not watched, and the cores it may plan for.
+    fn registry(self, root: PathBuf) -> Result<(registry::Config, usize)> {
+        let surroundings = surroundings::read();
+        let choice = EngineChoice::parse(&self.engine)
+            .with_context(|| format!("--engine: found `{}`, expected `auto`, `onnxruntime` or `tract`", self.engine))?;
+        let config = registry::Config {
+            root,
+            temp_dir: surroundings.temp_dir,
+            engines: EnginesConfig {
+                choice,
+                library: self.onnxruntime,
+                library_variable: surroundings.variables.get("ORT_DYLIB_PATH").map(PathBuf::from),
+                exe_dir: surroundings.exe_dir,
+            },
+            ..registry::Config::default()
+        };
+        Ok((config, surroundings.cores))
+    }
+}
+
+/// The text of docs/cli.md: every command's `--help`.
+pub fn reference() -> String {
+    use clap::CommandFactory;
+    let mut out = String::from(
+        "# Command line\n\n<!-- Generated from src/cli; `TIDEGATE_BLESS=1 cargo test --release` rewrites it. -->\n",
+    );
+    let mut command = Arguments::command();
+    command.build();
+    for subcommand in command.get_subcommands_mut().filter(|command| command.get_name() != "help") {
+        let help = subcommand.render_long_help();
+        out.push_str(&format!("\n## tidegate {}\n\n```\n{help}```\n", subcommand.get_name()));
+    }
+    out
+}

@@ -1,0 +1,151 @@
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use super::{logging, surroundings};
+use crate::config::{self, Given, SETTINGS, Text};
+use crate::engine::Engine;
+use crate::request::Phase;
+use crate::server::{self, Addresses, Hooks};
+
+/// Exit code after a second signal: stopped without draining.
+const EXIT_INTERRUPTED: i32 = 130;
+
+/// Values are taken as typed and checked together with the file's and the environment's.
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// The folder of models to serve, or one .onnx file
+    #[arg(long, value_name = "DIR")]
+    registry: Option<String>,
+    /// Address that HTTP, gRPC and metrics listen on [default: 0.0.0.0]
+    #[arg(long, value_name = "ADDRESS")]
+    host: Option<String>,
+    /// Port of the REST API; 0 picks a free one [default: 8000]
+    #[arg(long, value_name = "PORT")]
+    http_port: Option<String>,
+    /// Port of the gRPC API [default: 8001]
+    #[arg(long, value_name = "PORT")]
+    grpc_port: Option<String>,
+    /// Port of /metrics, /livez and /readyz [default: 8002]
+    #[arg(long, value_name = "PORT")]
+    metrics_port: Option<String>,
+    /// Port of the admin API, on loopback [default: 8003]
+    #[arg(long, value_name = "PORT")]
+    admin_port: Option<String>,
+    /// Configuration file; see docs/configuration.md
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// What a bare model.onnx is called [default: model]
+    #[arg(long, value_name = "NAME")]
+    model_name: Option<String>,
+    /// text or json [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<String>,
+}
+
+impl Arguments {
+    fn given(&self) -> Given {
+        let typed = [
+            ("registry", &self.registry),
+            ("host", &self.host),
+            ("http_port", &self.http_port),
+            ("grpc_port", &self.grpc_port),
+            ("metrics_port", &self.metrics_port),
+            ("admin_port", &self.admin_port),
+            ("model_name", &self.model_name),
+            ("log_format", &self.log_format),
+        ];
+        typed
+            .into_iter()
+            .filter_map(|(key, text)| {
+                let setting = SETTINGS.iter().find(|setting| setting.key == key)?;
+                Some((setting, Text { text: text.clone()?, place: setting.flag_name() }))
+            })
+            .collect()
+    }
+}
+
+pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
+    let surroundings = surroundings::read();
+    let path = arguments.config.clone().or_else(|| surroundings.variables.get("TIDEGATE_CONFIG").map(PathBuf::from));
+    let file = path
+        .map(|path| {
+            let content = std::fs::read_to_string(&path)
+                .with_context(|| format!("cannot read the configuration file {}", path.display()))?;
+            anyhow::Ok((path.display().to_string(), content))
+        })
+        .transpose()?;
+    let file = file.as_ref().map(|(name, content)| (name.as_str(), content.as_str()));
+    let resolved = config::resolve(arguments.given(), file, &surroundings)?;
+    logging::start(resolved.log_format, resolved.log_level);
+
+    let (phase, _) = watch::channel(Phase::Starting);
+    let hooks = Hooks { ready: Box::new(announce), stop: told_to_stop(), phase };
+    let drained = server::run(resolved.server, hooks)?;
+    if drained.connections + drained.jobs > 0 {
+        bail!("stopped at the drain timeout with {} connections and {} jobs left", drained.connections, drained.jobs);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// SIGTERM or SIGINT. The next one exits at once.
+async fn told_to_stop() {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        tracing::error!("cannot listen for signals: the process will not drain when told to stop");
+        return std::future::pending().await;
+    };
+    let name = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    tracing::info!(signal = name, "stopping: finishing what was accepted; a second signal exits now");
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::warn!("stopped by a second signal, without draining");
+        std::process::exit(EXIT_INTERRUPTED);
+    });
+}
+
+/// The one log line that tools wait for, and the summary that a person reads.
+fn announce(addresses: &Addresses, engine: &Engine) {
+    for model in engine.models() {
+        let Ok(info) = engine.model(&model, None) else { continue };
+        let versions: Vec<String> = info.versions.iter().map(ToString::to_string).collect();
+        let property = |key| info.properties.iter().find(|(k, _)| *k == key).map_or("", |(_, v)| v.as_str());
+        tracing::info!(
+            model = %model,
+            versions = versions.join(","),
+            engine = property("backend"),
+            batching = property("batching"),
+            "serving"
+        );
+    }
+    for entry in engine.index().into_iter().filter(|entry| entry.state == "UNAVAILABLE") {
+        let version = entry.version.map(|version| version.to_string()).unwrap_or_default();
+        tracing::warn!(model = %entry.name, version, reason = entry.reason, "not serving");
+    }
+    tracing::info!(
+        http = %addresses.http,
+        grpc = %addresses.grpc,
+        metrics = %addresses.metrics,
+        admin = %addresses.admin,
+        "ready"
+    );
+    if let Some(line) = curl_line(addresses, engine) {
+        tracing::info!("try: {line}");
+    }
+}
+
+/// A request that works as it stands: metadata of the first model.
+fn curl_line(addresses: &Addresses, engine: &Engine) -> Option<String> {
+    let model = engine.models().into_iter().next()?;
+    let host = if addresses.http.ip().is_unspecified() { "localhost".into() } else { addresses.http.ip().to_string() };
+    Some(format!("curl http://{host}:{}/v2/models/{model}", addresses.http.port()))
+}

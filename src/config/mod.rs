@@ -1,0 +1,52 @@
+//! Configuration: flags over environment over file over defaults, every problem reported at once.
+//!
+//! [`SETTINGS`] is the one list: flags, `TIDEGATE_*` variables, keys of `tidegate.toml` and docs/configuration.md all
+//! come from it. [`resolve`] turns the texts into each module's own `Config`. Knows nothing else of those modules.
+//! The only place, with `cli`, that the process environment reaches.
+
+mod file;
+mod resolve;
+mod settings;
+
+use std::fmt;
+
+pub use resolve::{LogFormat, Resolved, Surroundings, resolve};
+pub use settings::{SETTINGS, Setting, reference};
+
+/// Texts as given, before they mean anything: key, text, and where it stood.
+pub type Given = Vec<(&'static Setting, Text)>;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Text {
+    pub text: String,
+    /// `--http-port`, `TIDEGATE_HTTP_PORT`, `tidegate.toml:3: http_port`.
+    pub place: String,
+}
+
+/// One thing wrong with the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    pub place: String,
+    pub found: String,
+    pub expected: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: found {}, expected {}", self.place, self.found, self.expected)
+    }
+}
+
+/// All things wrong with the configuration; at least one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problems(pub Vec<Problem>);
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = self.0.len();
+        write!(f, "{count} problem{} in the configuration", if count == 1 { "" } else { "s" })?;
+        self.0.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
+    }
+}
+
+impl std::error::Error for Problems {}

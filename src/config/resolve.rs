@@ -1,0 +1,282 @@
+//! From texts to each module's `Config`.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{Given, Problem, Problems, SETTINGS, Setting, Text, file};
+use crate::protocol::{grpc, rest};
+use crate::registry::{self, EngineChoice};
+use crate::request::BudgetConfig;
+use crate::server;
+use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
+
+/// Most I/O threads taken without being told to: they only move bytes.
+const DEFAULT_IO_THREADS: usize = 4;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Everything `serve` needs.
+#[derive(Debug)]
+pub struct Resolved {
+    pub log_format: LogFormat,
+    pub log_level: tracing::Level,
+    pub server: server::Config,
+}
+
+/// The process as configuration sees it: handed in, so that tests need no real one.
+#[derive(Debug, Default)]
+pub struct Surroundings {
+    pub variables: HashMap<String, String>,
+    pub cores: usize,
+    /// The folder of the running binary.
+    pub exe_dir: Option<PathBuf>,
+    pub temp_dir: PathBuf,
+}
+
+/// `flags` as typed; `file` by name and content.
+pub fn resolve(flags: Given, file: Option<(&str, &str)>, surroundings: &Surroundings) -> Result<Resolved, Problems> {
+    let mut problems = Vec::new();
+    let mut layers = file.map(|(name, content)| file::read(name, content, &mut problems)).unwrap_or_default();
+    layers.extend(variables(surroundings, &mut problems));
+    layers.extend(flags);
+    let mut texts = Texts { given: layers.into_iter().map(|(setting, text)| (setting.key, text)).collect(), problems };
+    let resolved = build(&mut texts, surroundings);
+    if texts.problems.is_empty() { Ok(resolved) } else { Err(Problems(texts.problems)) }
+}
+
+/// `TIDEGATE_CONFIG` names the file and `TIDEGATE_BLESS`-like test switches mean nothing to a server.
+const OTHER_VARIABLES: [&str; 1] = ["TIDEGATE_CONFIG"];
+
+fn variables(surroundings: &Surroundings, problems: &mut Vec<Problem>) -> Given {
+    let mut names: Vec<_> = surroundings.variables.keys().filter(|name| name.starts_with("TIDEGATE_")).collect();
+    names.sort();
+    let mut given = Given::new();
+    for name in names {
+        match SETTINGS.iter().find(|setting| setting.variable() == **name) {
+            Some(setting) => {
+                given.push((setting, Text { text: surroundings.variables[name].clone(), place: name.clone() }));
+            }
+            None if OTHER_VARIABLES.contains(&name.as_str()) => {}
+            None => problems.push(Problem {
+                place: name.clone(),
+                found: "an unknown variable".into(),
+                expected: "one of docs/configuration.md".into(),
+            }),
+        }
+    }
+    given
+}
+
+struct Texts {
+    given: HashMap<&'static str, Text>,
+    problems: Vec<Problem>,
+}
+
+impl Texts {
+    /// The setting's value, or `fallback` beside a recorded problem.
+    fn take<T>(&mut self, key: &'static str, fallback: T, form: &str, parse: impl Fn(&str) -> Option<T>) -> T {
+        let default = super::settings::find(key).map_or("", |setting: &Setting| setting.default);
+        match self.given.get(key) {
+            None => parse(default).unwrap_or(fallback),
+            Some(Text { text, place }) => parse(text).unwrap_or_else(|| {
+                let found = if text.is_empty() { "nothing".into() } else { format!("`{text}`") };
+                self.problems.push(Problem { place: place.clone(), found, expected: form.into() });
+                fallback
+            }),
+        }
+    }
+
+    fn text(&mut self, key: &'static str) -> String {
+        self.take(key, String::new(), "text", |text| Some(text.to_string()))
+    }
+
+    fn path(&mut self, key: &'static str) -> Option<PathBuf> {
+        Some(PathBuf::from(self.text(key))).filter(|path| !path.as_os_str().is_empty())
+    }
+
+    fn port(&mut self, key: &'static str) -> u16 {
+        self.take(key, 0, "a port from 0 to 65535", |text| text.parse().ok())
+    }
+
+    fn address(&mut self, key: &'static str) -> IpAddr {
+        self.take(key, IpAddr::from([127, 0, 0, 1]), "an IP address", |text| text.parse().ok())
+    }
+
+    fn count(&mut self, key: &'static str) -> usize {
+        self.take(key, 1, "a number from 1 up", |text| text.parse().ok().filter(|n| *n > 0))
+    }
+
+    fn size(&mut self, key: &'static str) -> usize {
+        self.take(key, 1, &format!("{SIZE_FORM}, more than 0"), |text| parse_size(text).filter(|n| *n > 0))
+    }
+
+    fn duration(&mut self, key: &'static str) -> Duration {
+        self.take(key, Duration::ZERO, DURATION_FORM, parse_duration)
+    }
+
+    fn flag(&mut self, key: &'static str) -> bool {
+        self.take(key, false, "true or false", |text| text.parse().ok())
+    }
+
+    fn problem(&mut self, key: &'static str, found: String, expected: &str) {
+        let place = match (self.given.get(key), super::settings::find(key)) {
+            (Some(text), _) => text.place.clone(),
+            (None, Some(setting)) if setting.flag => setting.flag_name(),
+            _ => key.to_string(),
+        };
+        self.problems.push(Problem { place, found, expected: expected.into() });
+    }
+}
+
+fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
+    let host = texts.address("host");
+    let drain_timeout = texts.duration("drain_timeout");
+    let max_body = texts.size("limits.body");
+    Resolved {
+        log_format: texts.take("log_format", LogFormat::Text, "`text` or `json`", |text| match text {
+            "text" => Some(LogFormat::Text),
+            "json" => Some(LogFormat::Json),
+            _ => None,
+        }),
+        log_level: texts.take(
+            "log_level",
+            tracing::Level::INFO,
+            "`error`, `warn`, `info`, `debug` or `trace`",
+            |text| text.parse().ok(),
+        ),
+        server: server::Config {
+            http: SocketAddr::new(host, texts.port("http_port")),
+            grpc: SocketAddr::new(host, texts.port("grpc_port")),
+            metrics: SocketAddr::new(host, texts.port("metrics_port")),
+            admin: admin(texts),
+            io_threads: io_threads(texts, surroundings.cores),
+            cores: surroundings.cores.max(1),
+            strict_readiness: texts.flag("strict_readiness"),
+            lame_duck: texts.duration("lame_duck"),
+            drain_timeout,
+            connections: server::ConnectionLimits {
+                connections: texts.count("limits.connections"),
+                streams: u32::try_from(texts.count("limits.streams")).unwrap_or(u32::MAX),
+                header_timeout: texts.duration("timeouts.header"),
+            },
+            budget: BudgetConfig {
+                max_requests: texts.count("limits.requests"),
+                max_bytes: texts.size("limits.request_bytes"),
+            },
+            rest: rest::Config {
+                max_body_bytes: max_body,
+                max_json_header_bytes: texts.size("limits.json_header"),
+                body_timeout: texts.duration("timeouts.body"),
+                ..rest::Config::default()
+            },
+            grpc_messages: grpc::Config { max_message_bytes: max_body, ..grpc::Config::default() },
+            registry: registry(texts, surroundings, drain_timeout),
+        },
+    }
+}
+
+fn admin(texts: &mut Texts) -> SocketAddr {
+    let host = texts.address("admin_host");
+    if !host.is_loopback() {
+        texts.problem("admin_host", format!("`{host}`"), "a loopback address: the admin API has no authentication yet");
+    }
+    SocketAddr::new(host, texts.port("admin_port"))
+}
+
+fn io_threads(texts: &mut Texts, cores: usize) -> usize {
+    let form = "a number from 0 to 64";
+    match texts.take("io_threads", 0, form, |text| text.parse().ok().filter(|n| *n <= 64)) {
+        0 => cores.clamp(1, DEFAULT_IO_THREADS),
+        threads => threads,
+    }
+}
+
+fn registry(texts: &mut Texts, surroundings: &Surroundings, drain_timeout: Duration) -> registry::Config {
+    let root = texts.path("registry").unwrap_or_else(|| {
+        texts.problem("registry", "nothing".into(), "a folder of models, or one `.onnx` file");
+        PathBuf::new()
+    });
+    registry::Config {
+        root,
+        model_name: texts.text("model_name"),
+        cache_dir: texts.path("cache_dir"),
+        temp_dir: surroundings.temp_dir.clone(),
+        poll_interval: texts.duration("poll_interval"),
+        drain_timeout,
+        engines: registry::EnginesConfig {
+            choice: texts.take("engine", EngineChoice::Auto, "`auto`, `onnxruntime` or `tract`", EngineChoice::parse),
+            library: texts.path("onnxruntime"),
+            library_variable: surroundings.variables.get("ORT_DYLIB_PATH").map(PathBuf::from),
+            exe_dir: surroundings.exe_dir.clone(),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(flags: &[(&str, &str)], file: Option<&str>, variables: &[(&str, &str)]) -> Result<Resolved, Problems> {
+        let flags = flags
+            .iter()
+            .map(|(key, text)| {
+                let setting = super::super::settings::find(key).unwrap();
+                (setting, Text { text: text.to_string(), place: setting.flag_name() })
+            })
+            .collect();
+        let surroundings = Surroundings {
+            variables: variables.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
+            cores: 2,
+            ..Surroundings::default()
+        };
+        resolve(flags, file.map(|content| ("tidegate.toml", content)), &surroundings)
+    }
+
+    #[test]
+    fn every_default_parses_and_the_registry_is_all_that_is_needed() {
+        let resolved = with(&[("registry", "models")], None, &[]).unwrap();
+        assert_eq!(resolved.server.http.to_string(), "0.0.0.0:8000");
+        assert_eq!(resolved.server.admin.to_string(), "127.0.0.1:8003");
+        assert_eq!(resolved.server.rest.max_body_bytes, 64 << 20);
+        assert_eq!(resolved.server.io_threads, 2);
+        for setting in SETTINGS.iter().filter(|setting| !setting.default.is_empty()) {
+            with(&[("registry", "m"), (setting.key, setting.default)], None, &[])
+                .unwrap_or_else(|problems| panic!("default of {}: {problems}", setting.key));
+        }
+    }
+
+    #[test]
+    fn flags_win_over_variables_over_the_file_over_defaults() {
+        let file = Some("registry = \"f\"\nhttp_port = 1\ngrpc_port = 1\nmetrics_port = 1\n");
+        let variables = [("TIDEGATE_HTTP_PORT", "2"), ("TIDEGATE_GRPC_PORT", "2")];
+        let server = with(&[("http_port", "3")], file, &variables).unwrap().server;
+        let ports = [server.http, server.grpc, server.metrics, server.admin].map(|address| address.port());
+        assert_eq!(ports, [3, 2, 1, 8003]);
+    }
+
+    #[test]
+    fn all_problems_are_reported_with_place_found_and_expected() {
+        let Problems(problems) = with(
+            &[("http_port", "70000"), ("log_format", "xml")],
+            Some("lame_duck = 5\nadmin_host = \"0.0.0.0\"\n"),
+            &[("TIDEGATE_LIMITS_BODY", "64"), ("TIDEGATE_NOPE", "1")],
+        )
+        .unwrap_err();
+        let texts: Vec<String> = problems.iter().map(Problem::to_string).collect();
+        let has = |part: &str| assert!(texts.iter().any(|text| text.starts_with(part)), "{part} not in {texts:#?}");
+        has("--http-port: found `70000`, expected a port");
+        has("--log-format: found `xml`, expected `text` or `json`");
+        has("tidegate.toml:1: lame_duck: found `5`, expected a duration");
+        has("tidegate.toml:2: admin_host: found `0.0.0.0`, expected a loopback");
+        has("TIDEGATE_LIMITS_BODY: found `64`, expected a size");
+        has("TIDEGATE_NOPE: found an unknown variable");
+        has("--registry: found nothing");
+        assert_eq!(texts.len(), 7, "{texts:#?}");
+    }
+}

@@ -1,0 +1,95 @@
+use std::fmt::Write;
+
+/// One thing that can be set. Its file key is `key`, its variable `TIDEGATE_` and the key in capitals (dots become
+/// underscores), its flag, where it has one, `--` and the key with hyphens.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Setting {
+    pub key: &'static str,
+    pub flag: bool,
+    /// Empty: no value.
+    pub default: &'static str,
+    pub about: &'static str,
+}
+
+impl Setting {
+    pub fn variable(&self) -> String {
+        format!("TIDEGATE_{}", self.key.replace('.', "_").to_uppercase())
+    }
+
+    pub fn flag_name(&self) -> String {
+        format!("--{}", self.key.replace('_', "-"))
+    }
+}
+
+const fn flag(key: &'static str, default: &'static str, about: &'static str) -> Setting {
+    Setting { key, flag: true, default, about }
+}
+
+const fn file_only(key: &'static str, default: &'static str, about: &'static str) -> Setting {
+    Setting { key, flag: false, default, about }
+}
+
+pub static SETTINGS: &[Setting] = &[
+    flag("registry", "", "the folder of models to serve, or one `.onnx` file"),
+    flag("model_name", "model", "what a bare `model.onnx` is called"),
+    flag("host", "0.0.0.0", "address that HTTP, gRPC and metrics listen on"),
+    flag("http_port", "8000", "port of the REST API; 0 picks a free one"),
+    flag("grpc_port", "8001", "port of the gRPC API; 0 picks a free one"),
+    flag("metrics_port", "8002", "port of `/metrics`, `/livez` and `/readyz`; 0 picks a free one"),
+    flag("admin_port", "8003", "port of the admin API; 0 picks a free one"),
+    flag("log_format", "text", "`text` for people, `json` for machines: one object a line"),
+    file_only("log_level", "info", "`error`, `warn`, `info`, `debug` or `trace`"),
+    file_only("admin_host", "127.0.0.1", "address that the admin API listens on; only a loopback address is allowed"),
+    file_only(
+        "engine",
+        "auto",
+        "`auto`: onnxruntime where its library is found and loads, else tract; or one by name, whose absence is then an error",
+    ),
+    file_only("onnxruntime", "", "path of ONNX Runtime's library; otherwise `ORT_DYLIB_PATH`, then beside the binary"),
+    file_only(
+        "cache_dir",
+        "",
+        "private folder that model files are copied to and loaded from; by default a fresh one in the system's temporary folder, removed at exit",
+    ),
+    file_only("poll_interval", "2s", "how often the registry is looked at for changes; 0 never"),
+    file_only("strict_readiness", "false", "ready only if no version has failed"),
+    file_only("io_threads", "0", "threads that accept, parse and respond; 0: as many as cores, at most 4"),
+    file_only("lame_duck", "1s", "how long to go on serving, not ready, after being told to stop"),
+    file_only(
+        "drain_timeout",
+        "25s",
+        "how long what was accepted may take to finish when stopping, or when a version is retired",
+    ),
+    file_only("limits.connections", "4096", "open connections per data port"),
+    file_only("limits.requests", "4096", "requests in the server at once"),
+    file_only("limits.request_bytes", "512MiB", "bytes of request bodies in the server at once"),
+    file_only("limits.body", "64MiB", "one request body, or gRPC message, before and after decompression"),
+    file_only("limits.json_header", "1MiB", "the JSON part of a request with binary tensors"),
+    file_only("limits.streams", "256", "concurrent HTTP/2 streams per connection"),
+    file_only("timeouts.header", "10s", "how long a client may take to send a request's head"),
+    file_only("timeouts.body", "30s", "how long a client may take to send a request's body"),
+];
+
+pub fn find(key: &str) -> Option<&'static Setting> {
+    SETTINGS.iter().find(|setting| setting.key == key)
+}
+
+/// The text of docs/configuration.md up to the part about `model.toml`.
+pub fn reference() -> String {
+    let mut out = String::from(
+        "# Configuration\n\n<!-- Generated from src/config/settings.rs; `TIDEGATE_BLESS=1 cargo test --release` rewrites it. -->\n\n\
+         Nothing has to be configured but the registry. A flag wins over an environment variable, that over `tidegate.toml`\n\
+         (`--config FILE`, or `TIDEGATE_CONFIG`), that over the default. All problems are reported at once, before a port is bound.\n\
+         Durations are written `250us`, `2ms`, `1.5s`, `10m`; sizes `512KiB`, `64MiB`.\n\n\
+         | key in `tidegate.toml` | flag | variable | default | what it is |\n| --- | --- | --- | --- | --- |\n",
+    );
+    for setting in SETTINGS {
+        let flag = if setting.flag { format!("`{}`", setting.flag_name()) } else { String::new() };
+        let default = if setting.default.is_empty() { String::new() } else { format!("`{}`", setting.default) };
+        // Writing to a String cannot fail.
+        let _ =
+            writeln!(out, "| `{}` | {flag} | `{}` | {default} | {} |", setting.key, setting.variable(), setting.about);
+    }
+    out.push_str("\nA dot in a key is a table: `limits.body` is `body` under `[limits]`.\n");
+    out
+}

@@ -1,0 +1,218 @@
+//! The process: start, serve, drain, stop, in that order and observable as a [`Phase`].
+//!
+//! Owns the listeners, connection tasks and runtimes. Knows nothing of tensors or batching.
+//! Threads: the data plane's I/O runtime; one thread with its own runtime for observation, so that `/metrics` and
+//! probes answer while the data plane is saturated or draining; one such thread for the admin API.
+//!
+//! Order at start: observation is up (live, not ready) → the registry loads → data and admin ports are bound → ready.
+//! Order at stop: not ready, still serving → no new connections, open ones finish → schedulers close and join → stop.
+
+mod accept;
+mod observe;
+mod plane;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+pub use accept::ConnectionLimits;
+use accept::Wire;
+
+use crate::engine::Engine;
+use crate::monitor::{Monitor, events};
+use crate::pool::Pool;
+use crate::protocol::{grpc, rest};
+use crate::registry::{self, Registry, RegistryError};
+use crate::request::{BudgetConfig, Phase};
+use crate::scheduler::Gate;
+
+#[derive(Debug)]
+pub struct Config {
+    pub http: SocketAddr,
+    pub grpc: SocketAddr,
+    pub metrics: SocketAddr,
+    pub admin: SocketAddr,
+    pub io_threads: usize,
+    /// Cores the process may use, by affinity and cgroup quota.
+    pub cores: usize,
+    /// Ready only if no version found at start has failed.
+    pub strict_readiness: bool,
+    /// How long to go on serving, not ready, after being told to stop.
+    pub lame_duck: Duration,
+    /// How long what was accepted may take to finish after that.
+    pub drain_timeout: Duration,
+    pub connections: ConnectionLimits,
+    pub budget: BudgetConfig,
+    pub rest: rest::Config,
+    pub grpc_messages: grpc::Config,
+    pub registry: registry::Config,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error("cannot listen on {address} for {plane}: {error}")]
+    Bind { plane: &'static str, address: SocketAddr, error: std::io::Error },
+    #[error("cannot start a thread or runtime: {0}")]
+    Start(std::io::Error),
+    #[error("{failed} of {found} model versions failed to load, and `strict_readiness` is on")]
+    NotStrictlyReady { failed: usize, found: usize },
+}
+
+/// Where the server came to listen, once it is ready.
+#[derive(Clone, Copy, Debug)]
+pub struct Addresses {
+    pub http: SocketAddr,
+    pub grpc: SocketAddr,
+    pub metrics: SocketAddr,
+    pub admin: SocketAddr,
+}
+
+/// What happens at the edges of a run: told of readiness, asked when to stop.
+pub struct Hooks<Stop> {
+    /// Called once, when the server is ready.
+    pub ready: Box<dyn FnOnce(&Addresses, &Engine) + Send>,
+    /// Completes when the process should stop.
+    pub stop: Stop,
+    /// Every phase the server passes through, in order.
+    pub phase: watch::Sender<Phase>,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drained {
+    /// Connections cut and jobs abandoned at the deadline; both 0 after a clean stop.
+    pub connections: usize,
+    pub jobs: usize,
+}
+
+/// Runs until told to stop and drained. Blocks the calling thread.
+pub fn run<Stop>(config: Config, hooks: Hooks<Stop>) -> Result<Drained, ServerError>
+where
+    Stop: Future<Output = ()> + Send + 'static,
+{
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.io_threads)
+        .thread_name("io")
+        .enable_all()
+        .build()
+        .map_err(ServerError::Start)?;
+    let drained = runtime.block_on(serve(config, hooks));
+    // Connection tasks are aborted by now; nothing a runtime could wait for may hold the exit.
+    runtime.shutdown_background();
+    drained
+}
+
+async fn serve<Stop>(config: Config, hooks: Hooks<Stop>) -> Result<Drained, ServerError>
+where
+    Stop: Future<Output = ()> + Send + 'static,
+{
+    let Hooks { ready, stop, phase } = hooks;
+    let mut stopping = watch_stop(stop);
+    let monitor = Monitor::new();
+    let probe = observe::Probe { monitor: Arc::clone(&monitor), phase: phase.subscribe() };
+    let observation = observe::spawn(config.metrics, probe)?;
+
+    phase.send_replace(Phase::Loading);
+    let gate = Gate::new(config.cores);
+    let registry = Registry::start(config.registry.clone(), config.cores, gate, Arc::clone(&monitor))?;
+    let loading = {
+        let registry = Arc::clone(&registry);
+        tokio::task::spawn_blocking(move || registry.wait_loaded())
+    };
+    let stop_early = tokio::select! {
+        _ = loading => None,
+        _ = told(&mut stopping) => Some(registry.shutdown(Instant::now() + config.drain_timeout)),
+    };
+    if let Some(jobs) = stop_early {
+        phase.send_replace(Phase::Stopped);
+        return Ok(Drained { connections: 0, jobs });
+    }
+    strictly_ready(&config, &registry)?;
+
+    let engine = Arc::new(Engine::new(
+        Arc::clone(&registry),
+        Arc::clone(&monitor),
+        config.budget.clone(),
+        phase.subscribe(),
+        Pool::new(config.cores).map_err(ServerError::Start)?,
+    ));
+    observation.attach(Arc::clone(&engine));
+    let http = bind("HTTP", config.http).await?;
+    let grpc = bind("gRPC", config.grpc).await?;
+    let admin_router = rest::admin(Arc::clone(&engine), config.rest.clone());
+    let admin = plane::spawn("admin", config.admin, admin_router, phase.subscribe(), std::future::pending())?;
+    let addresses = Addresses {
+        http: local(&http, config.http),
+        grpc: local(&grpc, config.grpc),
+        metrics: observation.address(),
+        admin,
+    };
+    let connections = accept::Connections::new();
+    let http_router = rest::router(Arc::clone(&engine), config.rest.clone());
+    let grpc_router = grpc::routes(Arc::clone(&engine), config.grpc_messages.clone());
+    let (drain, draining) = watch::channel(false);
+    connections.accept(http, Wire::Http, http_router, &config.connections, draining.clone());
+    connections.accept(grpc, Wire::Grpc, grpc_router, &config.connections, draining);
+
+    phase.send_replace(Phase::Ready);
+    ready(&addresses, &engine);
+    told(&mut stopping).await;
+
+    phase.send_replace(Phase::LameDuck);
+    tokio::time::sleep(config.lame_duck).await;
+    phase.send_replace(Phase::Draining);
+    let deadline = Instant::now() + config.drain_timeout;
+    drain.send_replace(true);
+    let cut = connections.finish(deadline).await;
+    phase.send_replace(Phase::Stopping);
+    let jobs = close(registry, deadline).await;
+    let drained = Drained { connections: cut, jobs };
+    events::Stopped { connections_cut: cut, jobs_abandoned: jobs }.emit();
+    phase.send_replace(Phase::Stopped);
+    Ok(drained)
+}
+
+/// Runs `stop` on the runtime and makes its completion something that several places can wait for.
+fn watch_stop(stop: impl Future<Output = ()> + Send + 'static) -> watch::Receiver<bool> {
+    let (stopped, stopping) = watch::channel(false);
+    tokio::spawn(async move {
+        stop.await;
+        stopped.send_replace(true);
+        // Held open: a dropped sender would read as a stop.
+        std::future::pending::<()>().await;
+    });
+    stopping
+}
+
+/// Waits until the flag is true. A sender is never dropped while somebody waits for it here.
+async fn told(flag: &mut watch::Receiver<bool>) {
+    let _ = flag.wait_for(|told| *told).await;
+}
+
+async fn close(registry: Arc<Registry>, deadline: Instant) -> usize {
+    // Joining blocks; if the blocking task itself dies, nothing is known to be left.
+    tokio::task::spawn_blocking(move || registry.shutdown(deadline)).await.unwrap_or(0)
+}
+
+fn strictly_ready(config: &Config, registry: &Registry) -> Result<(), ServerError> {
+    let status = registry.status();
+    let failed = status.iter().filter(|entry| entry.state == registry::State::Failed).count();
+    if config.strict_readiness && failed > 0 {
+        return Err(ServerError::NotStrictlyReady { failed, found: status.len() });
+    }
+    Ok(())
+}
+
+async fn bind(plane: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {
+    TcpListener::bind(address).await.map_err(|error| ServerError::Bind { plane, address, error })
+}
+
+fn local(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
+    listener.local_addr().unwrap_or(asked)
+}
