@@ -1,0 +1,135 @@
+//! Requests share executions under load, and every answer is the caller's own.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::thread;
+
+use serde_json::json;
+
+use crate::support::{Models, PATIENCE, TestServer, engines};
+
+/// A keep-alive connection that sends binary requests: JSON would dominate the work.
+struct Client {
+    stream: BufReader<TcpStream>,
+}
+
+impl Client {
+    fn new(address: SocketAddr) -> Self {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Client { stream: BufReader::new(stream) }
+    }
+
+    /// Sends `rows` of 8 numbers to `sentinel` and returns its answer.
+    fn sentinel(&mut self, rows: usize, data: &[f32]) -> Vec<f32> {
+        let bytes: Vec<u8> = data.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let header = json!({
+            "inputs": [{"name": "x", "shape": [rows, 8], "datatype": "FP32", "parameters": {"binary_data_size": bytes.len()}}],
+            "parameters": {"binary_data_output": true},
+        })
+        .to_string();
+        let head = format!(
+            "POST /v2/models/sentinel/infer HTTP/1.1\r\nHost: t\r\nInference-Header-Content-Length: {}\r\nContent-Length: {}\r\n\r\n",
+            header.len(),
+            header.len() + bytes.len()
+        );
+        let mut message = head.into_bytes();
+        message.extend(header.as_bytes());
+        message.extend(&bytes);
+        self.stream.get_mut().write_all(&message).unwrap();
+        let (status, json_length, body) = self.read_response();
+        assert_eq!(status, 200, "{}", String::from_utf8_lossy(&body));
+        body[json_length..].chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect()
+    }
+
+    fn read_response(&mut self) -> (u16, usize, Vec<u8>) {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).unwrap();
+        let status = line.split(' ').nth(1).unwrap().parse().unwrap();
+        let (mut length, mut json_length) = (0, 0);
+        loop {
+            line.clear();
+            self.stream.read_line(&mut line).unwrap();
+            let Some((name, value)) = line.trim_end().split_once(':') else { break };
+            match name.to_ascii_lowercase().as_str() {
+                "content-length" => length = value.trim().parse().unwrap(),
+                "inference-header-content-length" => json_length = value.trim().parse().unwrap(),
+                _ => {}
+            }
+        }
+        let mut body = vec![0; length];
+        self.stream.read_exact(&mut body).unwrap();
+        (status, json_length, body)
+    }
+}
+
+#[test]
+fn under_64_clients_requests_share_executions_and_answers_are_the_callers_own() {
+    const CLIENTS: usize = 64;
+    const REQUESTS: usize = 400;
+    const ROWS: [usize; 3] = [4, 1, 7];
+    let models = Models::new().with("sentinel");
+    for engine in engines() {
+        let server = TestServer::of(models.path()).set("engine", engine).start();
+        let address = server.addresses.http;
+        let sent: usize = thread::scope(|scope| {
+            let clients: Vec<_> = (0..CLIENTS)
+                .map(|client| {
+                    scope.spawn(move || {
+                        let mut connection = Client::new(address);
+                        let mut sent = 0;
+                        for request in 0..REQUESTS {
+                            let rows = ROWS[(client + request) % ROWS.len()];
+                            // Small integers: 2x + 1 is exact, and no two rows of the run are alike.
+                            let base = (client * REQUESTS + request) as f32 * 8.0;
+                            let data: Vec<f32> = (0..rows * 8).map(|i| base + i as f32).collect();
+                            let expected: Vec<f32> = data.iter().map(|x| 2.0 * x + 1.0).collect();
+                            assert_eq!(connection.sentinel(rows, &data), expected);
+                            sent += rows;
+                        }
+                        sent
+                    })
+                })
+                .collect();
+            clients.into_iter().map(|client| client.join().unwrap()).sum()
+        });
+        assert!(sent >= 100_000, "{sent} rows");
+        // The last batch is counted after its answers are sent.
+        let label = ["model=\"sentinel\""];
+        server.eventually("all rows are counted", |server| {
+            server.metrics().sum("tidegate_inferences_total", &label) >= sent as f64
+        });
+        let executions = server.metrics().sum("tidegate_executions_total", &label);
+        let requests = (CLIENTS * REQUESTS) as f64;
+        assert!(executions < requests, "on {engine}: {executions} executions for {requests} requests");
+        drop(server);
+    }
+}
+
+#[test]
+fn a_poison_request_fails_alone() {
+    let models = Models::new().with("gather");
+    for engine in engines() {
+        let server = Arc::new(TestServer::of(models.path()).set("engine", engine).start());
+        let statuses: Vec<(usize, u16)> = thread::scope(|scope| {
+            let clients: Vec<_> = (0..32)
+                .map(|i| {
+                    let server = Arc::clone(&server);
+                    scope.spawn(move || {
+                        let id = if i == 17 { 1_000 } else { i % 10 };
+                        let request =
+                            json!({"inputs": [{"name": "ids", "shape": [1, 1], "datatype": "INT64", "data": [id]}]});
+                        (i, server.infer("gather", &request).status)
+                    })
+                })
+                .collect();
+            clients.into_iter().map(|client| client.join().unwrap()).collect()
+        });
+        for (i, status) in statuses {
+            let expected = if i != 17 { status == 200 } else { status == 400 || (engine == "tract" && status == 500) };
+            assert!(expected, "on {engine}: request {i} got {status}");
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! The example models answer as the frameworks that trained them do, on every engine, alone and batched.
+
+use serde_json::{Value, json};
+
+use crate::support::{Models, TestServer, engines, root};
+
+const MODELS: [(&str, &str); 5] = [("digits", "1"), ("digits", "2"), ("tumor", "1"), ("diabetes", "1"), ("wine", "1")];
+
+/// tract has no tree ensembles.
+fn serves(engine: &str, model: &str) -> bool {
+    !(engine == "tract" && model == "wine")
+}
+
+fn golden(model: &str, version: &str) -> Value {
+    let path = root().join("models").join(model).join(version).join("expected.json");
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn request(inputs: &Value) -> Value {
+    let inputs: Vec<Value> = inputs
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(name, tensor)| {
+            json!({"name": name, "shape": tensor["shape"], "datatype": tensor["datatype"], "data": tensor["data"]})
+        })
+        .collect();
+    json!({ "inputs": inputs })
+}
+
+fn numbers(tensor: &Value) -> Vec<f64> {
+    tensor["data"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+/// The first element that differs by more than the file's tolerance.
+fn difference(found: &[f64], expected: &[f64], tolerance: &Value) -> Option<String> {
+    let (absolute, relative) = (tolerance["absolute"].as_f64().unwrap(), tolerance["relative"].as_f64().unwrap());
+    if found.len() != expected.len() {
+        return Some(format!("{} elements, expected {}", found.len(), expected.len()));
+    }
+    let off = |(f, e): (&f64, &f64)| (f - e).abs() > absolute + relative * e.abs() || f.is_nan();
+    let at = found.iter().zip(expected).position(off)?;
+    Some(format!("element {at} is {}, expected {}", found[at], expected[at]))
+}
+
+/// Every golden case that fails, by name.
+fn mismatches(server: &TestServer, model: &str, version: &str) -> Vec<String> {
+    let golden = golden(model, version);
+    let mut mismatches = Vec::new();
+    for case in golden["cases"].as_array().unwrap() {
+        let reply = server.infer(&format!("{model}/versions/{version}"), &request(&case["inputs"]));
+        assert_eq!(reply.status, 200, "{model} {version}: {}", reply.text());
+        for (name, expected) in case["outputs"].as_object().unwrap() {
+            if let Some(what) = difference(&reply.output(name), &numbers(expected), &golden["tolerance"]) {
+                mismatches.push(format!("{model} {version} {} {name}: {what}", case["name"]));
+            }
+        }
+    }
+    mismatches
+}
+
+#[test]
+fn every_engine_answers_as_the_frameworks_do() {
+    for engine in engines() {
+        let server = TestServer::of(&root().join("models")).set("engine", engine).start();
+        for (model, version) in MODELS.into_iter().filter(|(model, _)| serves(engine, model)) {
+            assert_eq!(mismatches(&server, model, version), Vec::<String>::new(), "on {engine}");
+            let metadata = server.get(&format!("/v2/models/{model}/versions/{version}")).json();
+            assert_eq!(metadata["platform"], format!("{engine}_onnx"));
+        }
+    }
+}
+
+#[test]
+fn one_changed_weight_fails_the_goldens() {
+    // The last bias of the output layer; see models/README.md for which weights the goldens are sensitive to.
+    let file = std::fs::read(root().join("models/tumor/1/model.onnx")).unwrap();
+    let name = b"bias0";
+    let at = file.windows(name.len()).rposition(|window| window == name).expect("the initialiser's name");
+    let models = Models::new().with("tumor");
+    let outcomes: Vec<bool> = (at.saturating_sub(16)..at)
+        .chain(at + name.len()..at + name.len() + 16)
+        .filter_map(|byte| {
+            let mut changed = file.clone();
+            *changed.get_mut(byte)? ^= 0x40;
+            models.write("tumor/1/model.onnx", &changed);
+            let server = TestServer::of(models.path()).try_start().ok()?;
+            let ready = server.get("/v2/models/tumor/ready").status == 200;
+            ready.then(|| !mismatches(&server, "tumor", "1").is_empty())
+        })
+        .collect();
+    assert!(outcomes.contains(&true), "no change of a weight was noticed: {outcomes:?}");
+}
+
+#[test]
+fn a_row_answers_the_same_alone_and_batched() {
+    for engine in engines() {
+        let server = TestServer::of(&root().join("models")).set("engine", engine).start();
+        for (model, version) in MODELS.into_iter().filter(|(model, _)| serves(engine, model)) {
+            let golden = golden(model, version);
+            let many = golden["cases"].as_array().unwrap().iter().max_by_key(|case| case["inputs"].to_string().len());
+            let inputs = &many.unwrap()["inputs"];
+            let target = format!("{model}/versions/{version}");
+            let whole = server.infer(&target, &request(inputs));
+            let (input, tensor) = inputs.as_object().unwrap().iter().next().unwrap();
+            let (rows, width) =
+                (tensor["shape"][0].as_u64().unwrap() as usize, tensor["shape"][1].as_u64().unwrap() as usize);
+            for output in ["probabilities", "progression", "label"] {
+                if !whole.text().contains(&format!("\"{output}\"")) {
+                    continue;
+                }
+                let batched = whole.output(output);
+                let per_row = batched.len() / rows;
+                for row in 0..rows {
+                    let data = &tensor["data"].as_array().unwrap()[row * width..(row + 1) * width];
+                    let alone = server.infer(
+                        &target,
+                        &json!({"inputs": [{"name": input, "shape": [1, width], "datatype": "FP32", "data": data}]}),
+                    );
+                    let found = alone.output(output);
+                    let expected = &batched[row * per_row..(row + 1) * per_row];
+                    let what = difference(&found, expected, &json!({"absolute": 1e-6, "relative": 1e-5}));
+                    assert_eq!(what, None, "{engine} {target} {output} row {row}");
+                }
+            }
+        }
+    }
+}
