@@ -30,7 +30,10 @@ pub fn parse_size(text: &str) -> Option<usize> {
     scaled(text, &SIZES).and_then(|bytes| usize::try_from(bytes).ok())
 }
 
-/// The number times its unit, exactly; `None` for anything malformed, negative, or too large.
+/// Digits after the point; more say nothing in any unit here.
+const MAX_FRACTION_DIGITS: usize = 18;
+
+/// The number times its unit, rounded down; `None` for anything malformed, negative, or too large.
 fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     if text == "0" {
         return Some(0);
@@ -39,13 +42,12 @@ fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     let (number, unit) = text.split_at(end);
     let (_, scale) = units.iter().find(|(name, _)| *name == unit.trim_start())?;
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    let mut total = whole.parse::<u64>().ok()?.checked_mul(*scale)?;
-    let mut place = *scale;
-    for digit in fraction.bytes() {
-        place /= 10;
-        total = total.checked_add(u64::from(char::from(digit).to_digit(10)?) * place)?;
+    if fraction.len() > MAX_FRACTION_DIGITS || number.ends_with('.') {
+        return None;
     }
-    Some(total)
+    let digits: u128 = format!("{whole}{fraction}").parse().ok()?;
+    let places = 10u128.pow(u32::try_from(fraction.len()).ok()?);
+    u64::try_from(digits.checked_mul(u128::from(*scale))? / places).ok()
 }
 
 #[cfg(test)]

@@ -92,6 +92,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
 }
 
 /// SIGTERM or SIGINT. The next one exits at once.
+#[expect(clippy::disallowed_methods, reason = "a second signal means: without draining")]
 async fn told_to_stop() {
     let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {

@@ -73,7 +73,9 @@ impl Engines {
             engines.find_onnxruntime(config);
         }
         match config.choice {
-            EngineChoice::OnnxRuntime if engines.onnxruntime.is_none() => Err(engines.details),
+            EngineChoice::OnnxRuntime if engines.onnxruntime.is_none() => {
+                Err(format!("onnxruntime: {}", engines.details))
+            }
             EngineChoice::Tract if engines.tract.is_none() => Err("tract is not built into this binary".into()),
             EngineChoice::Auto if engines.onnxruntime.is_none() && engines.tract.is_none() => {
                 Err(format!("{}; tract is not built into this binary", engines.details))

@@ -262,6 +262,8 @@ impl Drop for Registry {
     fn drop(&mut self) {
         // The threads hold each other's channels and would wait for ever; versions are retired by `shutdown` only.
         self.stop();
+        // After `shutdown` there is nothing left to remove.
+        self.cache.remove();
     }
 }
 

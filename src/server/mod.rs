@@ -73,10 +73,12 @@ pub struct Addresses {
     pub admin: SocketAddr,
 }
 
+/// Called once, with where the server listens.
+pub type WhenReady = Box<dyn FnOnce(&Addresses, &Engine) + Send>;
+
 /// What happens at the edges of a run: told of readiness, asked when to stop.
 pub struct Hooks<Stop> {
-    /// Called once, when the server is ready.
-    pub ready: Box<dyn FnOnce(&Addresses, &Engine) + Send>,
+    pub ready: WhenReady,
     /// Completes when the process should stop.
     pub stop: Stop,
     /// Every phase the server passes through, in order.
