@@ -1,7 +1,7 @@
 """Writes the trap models: small ONNX files, each built to catch one wrong assumption.
 
     python make.py            writes tests/traps and tests/traps_bad
-    python make.py --check    runs every trap in Python's onnxruntime and compares with numpy
+    python make.py --check    runs every trap in Python's onnxruntime and compares with the expected answers
 
 Both folders are registries (`<name>/<version>/model.onnx`). Every model in `traps` is valid and
 must be served; every model in `traps_bad` must be refused, alone, with a reason. The files are
@@ -9,6 +9,7 @@ committed, and writing them again gives the same bytes: seeds are fixed per trap
 """
 
 import argparse
+import json
 import pathlib
 import zlib
 
@@ -16,13 +17,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 HERE = pathlib.Path(__file__).resolve().parent
 GOOD, BAD = HERE, HERE.parent / "traps_bad"
 OPSET, IR_VERSION, SIZE_LIMIT = 17, 8, 200_000
 
 BUILDERS = {}  # name -> () -> ModelProto
-SAMPLES = {}  # name -> () -> (inputs, expected outputs or None where only running matters)
+SAMPLES = {}  # name -> () -> (inputs, expected outputs or None where onnx's reference evaluator is asked)
+RANDOM = {"random_noise"}  # no answer to expect
 
 
 def trap(build):
@@ -675,6 +678,42 @@ def write(path, data):
     path.write_bytes(data)
 
 
+def answer(name):
+    """(inputs, expected outputs) of a trap's sample, never from the engines under test; None where it is random."""
+    inputs, expected = SAMPLES[name]()
+    if expected is None and name not in RANDOM:
+        model = ReferenceEvaluator(BUILDERS[name]())
+        expected = dict(zip(model.output_names, model.run(None, inputs)))
+    return inputs, expected
+
+
+def expectations():
+    """What clients send and must get back. Datatypes and infinity have tests of their own: JSON holds neither."""
+    told = {}
+    for name in SAMPLES:
+        inputs, expected = answer(name)
+        if expected and not name.startswith("identity_") and name != "nan_maker":
+            told[name] = {"inputs": tensors(inputs, float), "outputs": tensors(expected, six_digits)}
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in told.items())
+    return f"{{\n{rows}\n}}\n".encode()
+
+
+def six_digits(value):
+    """More than the tolerance, and alike on every machine."""
+    return float(f"{value:.6g}")
+
+
+def tensors(arrays, write_float):
+    return {name: tensor(np.asarray(array), write_float) for name, array in arrays.items()}
+
+
+def tensor(array, write_float):
+    data = array.flatten().tolist()
+    if array.dtype.kind == "f":
+        return {"datatype": "FP32", "shape": list(array.shape), "data": [write_float(v) for v in data]}
+    return {"datatype": "INT64", "shape": list(array.shape), "data": data}
+
+
 def serialised(model):
     return model.SerializeToString(deterministic=True)
 
@@ -684,6 +723,8 @@ def make():
         model = build()
         onnx.checker.check_model(model, full_check=True)
         write(GOOD / name / "1" / "model.onnx", serialised(model))
+
+    write(GOOD / "expected.json", expectations())
 
     # Traps: reading the model's bytes without its folder.
     data = weights(*EXTERNAL_WEIGHTS).tobytes()
@@ -715,8 +756,8 @@ def check():
 
     unlike = set(SAMPLES) ^ (set(BUILDERS) | {"external"})
     assert not unlike, f"trap without sample, or sample without trap: {sorted(unlike)}"
-    for name, example in SAMPLES.items():
-        inputs, expected = example()
+    for name in SAMPLES:
+        inputs, expected = answer(name)
         run = session(GOOD / name / "1" / "model.onnx")
         if name == "identity_bf16":
             value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(inputs["x"], T.BFLOAT16)
