@@ -3,6 +3,7 @@
 mod inspect;
 mod logging;
 mod serve;
+mod summary;
 mod surroundings;
 mod validate;
 

@@ -1,3 +1,4 @@
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -5,11 +6,10 @@ use anyhow::{Context, Result, bail};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use super::{logging, surroundings};
-use crate::config::{self, Given, SETTINGS, Text};
-use crate::engine::Engine;
+use super::{logging, summary, surroundings};
+use crate::config::{self, Given, LogFormat, SETTINGS, Text};
 use crate::request::Phase;
-use crate::server::{self, Addresses, Hooks};
+use crate::server::{self, Hooks, WhenReady};
 
 /// Exit code after a second signal: stopped without draining.
 const EXIT_INTERRUPTED: i32 = 130;
@@ -83,7 +83,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     logging::start(resolved.log_format, resolved.log_level);
 
     let (phase, _) = watch::channel(Phase::Starting);
-    let hooks = Hooks { ready: Box::new(announce), stop: told_to_stop(), phase };
+    let hooks = Hooks { ready: announce(resolved.log_format), stop: told_to_stop(), phase };
     let drained = server::run(resolved.server, hooks)?;
     if drained.connections + drained.jobs > 0 {
         bail!("stopped at the drain timeout with {} connections and {} jobs left", drained.connections, drained.jobs);
@@ -114,39 +114,22 @@ async fn told_to_stop() {
     });
 }
 
-/// The one log line that tools wait for, and the summary that a person reads.
-fn announce(addresses: &Addresses, engine: &Engine) {
-    for model in engine.models() {
-        let Ok(info) = engine.model(&model, None) else { continue };
-        let versions: Vec<String> = info.versions.iter().map(ToString::to_string).collect();
-        let property = |key| info.properties.iter().find(|(k, _)| *k == key).map_or("", |(_, v)| v.as_str());
-        tracing::info!(
-            model = %model,
-            versions = versions.join(","),
-            engine = property("backend"),
-            batching = property("batching"),
-            "serving"
-        );
-    }
-    for entry in engine.index().into_iter().filter(|entry| entry.state == "UNAVAILABLE") {
-        let version = entry.version.map(|version| version.to_string()).unwrap_or_default();
-        tracing::warn!(model = %entry.name, version, reason = entry.reason, "not serving");
-    }
-    tracing::info!(
-        http = %addresses.http,
-        grpc = %addresses.grpc,
-        metrics = %addresses.metrics,
-        admin = %addresses.admin,
-        "ready"
-    );
-    if let Some(line) = curl_line(addresses, engine) {
-        tracing::info!("try: {line}");
-    }
-}
-
-/// A request that works as it stands: metadata of the first model.
-fn curl_line(addresses: &Addresses, engine: &Engine) -> Option<String> {
-    let model = engine.models().into_iter().next()?;
-    let host = if addresses.http.ip().is_unspecified() { "localhost".into() } else { addresses.http.ip().to_string() };
-    Some(format!("curl http://{host}:{}/v2/models/{model}", addresses.http.port()))
+/// A summary for a person, or the one line that tools wait for.
+fn announce(format: LogFormat) -> WhenReady {
+    Box::new(move |addresses, engine| match format {
+        LogFormat::Text => {
+            #[expect(clippy::print_stderr, reason = "a person reads the summary where the log lines are")]
+            {
+                eprintln!("{}", summary::text(addresses, engine, std::io::stderr().is_terminal()));
+            }
+        }
+        LogFormat::Json => tracing::info!(
+            http = %addresses.http,
+            grpc = %addresses.grpc,
+            metrics = %addresses.metrics,
+            admin = %addresses.admin,
+            r#try = summary::line_to_try(addresses, engine),
+            "ready"
+        ),
+    })
 }

@@ -111,8 +111,9 @@ class Server:
         assert response.status_code == 200, response.text
         return Samples(response.text)
 
-    def platform(self, model):
-        return self.get(f"/v2/models/{model}").json()["platform"]
+    def engine(self, model):
+        """`onnxruntime` or `tract`."""
+        return self.get(f"/v2/models/{model}").json()["platform"].removesuffix("_onnx")
 
 
 def log_fields(line):
@@ -198,6 +199,16 @@ def golden_cases(path):
             for side in ("inputs", "outputs")
         )
         yield case.get("name", ""), inputs, outputs, golden["tolerance"]
+
+
+def trap_cases():
+    """{trap: (inputs, outputs)}: one sample of each trap, answered by numpy or onnx's reference evaluator."""
+
+    def arrays(tensors):
+        return {n: np.array(t["data"], NUMPY_TYPES[t["datatype"]]).reshape(t["shape"]) for n, t in tensors.items()}
+
+    told = json.loads((TRAPS / "expected.json").read_text())
+    return {trap: (arrays(case["inputs"]), arrays(case["outputs"])) for trap, case in told.items()}
 
 
 def assert_close(got, want, tolerance):
@@ -339,11 +350,11 @@ def eventually(check, seconds=10):
         time.sleep(0.02)
 
 
-# What tract cannot load; onnxruntime serves every trap.
+# What tract refuses to load; onnxruntime serves every trap.
 TRACT_LACKS = {"batch_norm_training", "identity_bf16", "random_noise", "reverse_lstm", "slow"}
 
 
 def require(server, model):
-    """Skips where the server fell back on tract, which lacks an operator or datatype of this trap."""
-    if model in TRACT_LACKS and "tract" in server.platform("sentinel"):
+    """Skips where the server runs on tract, which lacks an operator or datatype of this trap."""
+    if model in TRACT_LACKS and server.engine("sentinel") == "tract":
         pytest.skip(f"tract does not serve '{model}'")

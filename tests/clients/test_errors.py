@@ -86,6 +86,12 @@ def test_the_engines_own_refusal_is_the_clients_fault(client):
     client.refused(*INVALID, "refuses_zeros", {"ids": np.array([[0]], np.int64)})
 
 
+def test_a_body_over_the_limit(client):
+    big = np.zeros((1, (64 << 20) // 4), np.float32)
+    client.refused(413, "RESOURCE_EXHAUSTED", "identity_fp32", {"x": big})
+    assert client.call("is_server_ready")
+
+
 def test_an_error_leaves_the_connection_usable(client):
     client.refused(*INVALID, "logits", {"x": X, "extra": X})
     assert client.infer("logits", {"x": X})["logits"].shape == (1, 3)

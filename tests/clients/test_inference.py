@@ -1,8 +1,10 @@
 """Inference by real clients: goldens, every datatype, both representations, compression, ids, deadlines, many at once."""
 
 import gzip
+import http.client
 import json
 import re
+import socket
 import zlib
 
 import grpc
@@ -21,6 +23,7 @@ from support import (
     json_outputs,
     require,
     same_bits,
+    trap_cases,
 )
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
@@ -54,6 +57,16 @@ def test_goldens(model_client, model, version, path, as_json):
         assert (answer.field("model_name"), answer.field("model_version")) == (model, version)
         for output, want in outputs.items():
             assert_close(answer[output], want, tolerance)
+
+
+@pytest.mark.parametrize("name", trap_cases())
+def test_traps_are_answered_right(client, traps, name):
+    require(traps, name)
+    inputs, outputs = trap_cases()[name]
+    answer = client.infer(name, inputs)
+    assert answer.names() == list(outputs)
+    for output, want in outputs.items():
+        assert_close(answer[output], want, {"relative": 1e-4, "absolute": 1e-5})
 
 
 def test_the_highest_version_answers_by_default(model_client):
@@ -150,7 +163,16 @@ def test_raw_mode(traps):
     assert response.content[length:] == (2 * X[:1] + 1).tobytes()
 
 
-@pytest.mark.parametrize("model", ["sum_rows", "identity_fp32", "identity_bytes"])
+def test_raw_mode_is_one_row_where_the_width_is_free(traps):
+    headers = {"Inference-Header-Content-Length": "0"}
+    response = traps.post("/v2/models/identity_fp32/infer", X.tobytes(), headers=headers)
+    assert response.status_code == 200, response.text
+    header = json.loads(response.content[: int(response.headers["inference-header-content-length"])])
+    assert header["outputs"][0]["shape"] == [1, 24]
+    assert response.content.endswith(X.tobytes())
+
+
+@pytest.mark.parametrize("model", ["sum_rows", "encoder", "identity_bytes"])
 def test_raw_mode_needs_one_input_whose_shape_follows(traps, model):
     headers = {"Inference-Header-Content-Length": "0"}
     response = traps.post(f"/v2/models/{model}/infer", bytes(64), headers=headers)
@@ -265,6 +287,37 @@ def test_an_unknown_encoding_is_refused_with_what_is_known(traps, encoding):
     assert response.status_code == 415
     assert response.json()["error"]
     assert {e.strip() for e in response.headers["accept-encoding"].split(",")} == {"gzip", "deflate"}
+
+
+def test_a_long_body_may_wait_for_the_server(traps):
+    """`Expect: 100-continue`, as curl sends it with more than 1 MiB."""
+    big = np.arange(1 << 19, dtype=np.float32).reshape(1, -1)
+    body, headers = binary_body({"x": big}, parameters={"binary_data_output": True})
+    with announced(traps, "identity_fp32", headers, len(body)) as connection:
+        assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == 200
+        assert response.read().endswith(big.tobytes())
+
+
+def test_a_body_over_the_limit_is_refused_unsent(traps):
+    with announced(traps, "identity_fp32", {}, 1 << 40) as connection:
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == 413
+        assert json.loads(response.read())["error"]
+
+
+def announced(traps, model, headers, length):
+    """A connection on which a request's head was sent, and its body was not."""
+    host, port = traps.http.split(":")
+    connection = socket.create_connection((host, int(port)), CALL_SECONDS)
+    head = [f"POST /v2/models/{model}/infer HTTP/1.1", f"Host: {traps.http}", "Expect: 100-continue"]
+    head += [f"{name}: {value}" for name, value in {**headers, "Content-Length": length}.items()]
+    connection.sendall("\r\n".join([*head, "", ""]).encode())
+    return connection
 
 
 # --- datatypes -------------------------------------------------------------------------------------
@@ -480,7 +533,7 @@ def test_waiting_requests_share_executions(aio, traps):
     answers = aio.infer_all("encoder", sent)
     for answer, want in zip(answers, alone):
         np.testing.assert_allclose(answer["last_hidden_state"], want, rtol=1e-4, atol=1e-5)
-    if "onnxruntime" in traps.platform("encoder"):
+    if traps.engine("encoder") == "onnxruntime":
         runs = executions(traps.scrape(), "encoder") - before
         assert 0 < runs < len(sent)
 

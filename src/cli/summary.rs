@@ -1,0 +1,104 @@
+//! What a person reads when the server is ready.
+
+use crate::engine::{Engine, IndexEntry, ModelInfo};
+use crate::server::Addresses;
+use crate::tensor::{DataType, Dim, TensorSpec};
+
+/// Largest invented request that a line to try may hold, in elements.
+const MAX_TRIED_ELEMENTS: usize = 64;
+
+/// Models, versions, engines, ports and a line to try. `bold` on a terminal that shows it.
+pub(super) fn text(addresses: &Addresses, engine: &Engine, bold: bool) -> String {
+    let strong = |text: &str| if bold { format!("\x1b[1m{text}\x1b[0m") } else { text.to_string() };
+    let mut out = format!("\n{}\n\n", strong(&format!("Tidegate {} is ready", env!("CARGO_PKG_VERSION"))));
+    out.push_str(&table(&models(engine)));
+    let Addresses { http, grpc, metrics, admin } = addresses;
+    out.push_str(&format!(
+        "\n  REST     http://{http}\n  gRPC     {grpc}\n  metrics  http://{metrics}/metrics\n  admin    http://{admin}\n"
+    ));
+    if let Some(line) = line_to_try(addresses, engine) {
+        out.push_str(&format!("\n{}\n  {line}\n", strong("Try")));
+    }
+    out
+}
+
+/// A row per model that serves, and one per version that does not.
+fn models(engine: &Engine) -> Vec<[String; 4]> {
+    let mut rows = vec![["model", "versions", "engine", "batching"].map(String::from)];
+    for info in infos(engine) {
+        let property =
+            |key: &str| info.properties.iter().find(|(k, _)| *k == key).map_or("", |(_, value)| value.as_str());
+        let versions: Vec<String> = info.versions.iter().map(ToString::to_string).collect();
+        let backend = format!("{} {}, {}", property("backend"), property("backend_version"), property("device"));
+        rows.push([info.name.to_string(), versions.join(", "), backend, property("batching").to_string()]);
+    }
+    for IndexEntry { name, version, reason, .. } in
+        engine.index().into_iter().filter(|entry| entry.state == "UNAVAILABLE")
+    {
+        let version = version.map(|version| version.to_string()).unwrap_or_default();
+        rows.push([name.to_string(), version, format!("not serving: {reason}"), String::new()]);
+    }
+    rows
+}
+
+fn table(rows: &[[String; 4]]) -> String {
+    // The engine's column is the last whose width matters, and a long reason must not push the others away.
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let engine_width =
+        rows.iter().filter(|row| !row[3].is_empty()).map(|row| row[2].chars().count()).max().unwrap_or(0);
+    let (name, versions) = (width(0), width(1));
+    let line = |row: &[String; 4]| {
+        let [model, version, engine, batching] = row;
+        format!("  {model:name$}  {version:versions$}  {engine:engine_width$}  {batching}").trim_end().to_string()
+            + "\n"
+    };
+    rows.iter().map(line).collect()
+}
+
+/// A request that works as it stands: an inference with invented numbers where it is short, metadata otherwise.
+pub(super) fn line_to_try(addresses: &Addresses, engine: &Engine) -> Option<String> {
+    let ip = addresses.http.ip();
+    let host = if ip.is_unspecified() { "localhost".to_string() } else { ip.to_string() };
+    let url = format!("http://{host}:{}/v2/models", addresses.http.port());
+    let infos = infos(engine);
+    let tried = infos.iter().filter_map(|info| Some((request(info)?, info))).min_by_key(|(body, _)| body.len());
+    match tried {
+        Some((body, info)) => Some(format!("curl {url}/{}/infer -d '{body}'", info.name)),
+        None => infos.first().map(|info| format!("curl {url}/{}", info.name)),
+    }
+}
+
+fn infos(engine: &Engine) -> Vec<ModelInfo> {
+    engine.models().iter().filter_map(|model| engine.model(model, None).ok()).collect()
+}
+
+fn request(info: &ModelInfo) -> Option<String> {
+    let inputs: Option<Vec<String>> = info.signature.inputs.iter().map(input).collect();
+    Some(format!("{{\"inputs\":[{}]}}", inputs?.join(",")))
+}
+
+/// Ones, one for each free dimension. `None` where that would be long, or a shape is unknown.
+fn input(spec: &TensorSpec) -> Option<String> {
+    let dims = spec.dims.as_ref()?.iter().map(|dim| match dim {
+        Dim::Fixed(extent) => *extent,
+        Dim::Free(_) => 1,
+    });
+    let dims: Vec<usize> = dims.collect();
+    let elements = dims.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim))?;
+    let one = match spec.dtype {
+        DataType::Bool => "true",
+        DataType::Bytes => "\"a\"",
+        _ => "1",
+    };
+    let shape: Vec<String> = dims.iter().map(ToString::to_string).collect();
+    let plain_name = spec.name.chars().all(|c| c.is_ascii_alphanumeric() || "_-./:".contains(c));
+    (elements <= MAX_TRIED_ELEMENTS && plain_name).then(|| {
+        format!(
+            "{{\"name\":\"{}\",\"shape\":[{}],\"datatype\":\"{}\",\"data\":[{}]}}",
+            spec.name,
+            shape.join(","),
+            spec.dtype,
+            vec![one; elements].join(",")
+        )
+    })
+}
