@@ -74,7 +74,7 @@ pub fn find(key: &str) -> Option<&'static Setting> {
     SETTINGS.iter().find(|setting| setting.key == key)
 }
 
-/// The text of docs/configuration.md up to the part about `model.toml`.
+/// The text of docs/configuration.md.
 pub fn reference() -> String {
     let mut out = String::from(
         "# Configuration\n\n<!-- Generated from src/config/settings.rs; `TIDEGATE_BLESS=1 cargo test --release` rewrites it. -->\n\n\
@@ -91,5 +91,10 @@ pub fn reference() -> String {
             writeln!(out, "| `{}` | {flag} | `{}` | {default} | {} |", setting.key, setting.variable(), setting.about);
     }
     out.push_str("\nA dot in a key is a table: `limits.body` is `body` under `[limits]`.\n");
+    let model = crate::registry::MODEL_TOML_REFERENCE;
+    let _ = write!(
+        out,
+        "\n## `model.toml`\n\nBeside a model's versions, for that model. Every key with its default or an example:\n\n```toml\n{model}```\n"
+    );
     out
 }
