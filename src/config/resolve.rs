@@ -43,34 +43,35 @@ pub struct Surroundings {
 pub fn resolve(flags: Given, file: Option<(&str, &str)>, surroundings: &Surroundings) -> Result<Resolved, Problems> {
     let mut problems = Vec::new();
     let mut layers = file.map(|(name, content)| file::read(name, content, &mut problems)).unwrap_or_default();
-    layers.extend(variables(surroundings, &mut problems));
+    layers.extend(variables(surroundings));
     layers.extend(flags);
     let mut texts = Texts { given: layers.into_iter().map(|(setting, text)| (setting.key, text)).collect(), problems };
     let resolved = build(&mut texts, surroundings);
     if texts.problems.is_empty() { Ok(resolved) } else { Err(Problems(texts.problems)) }
 }
 
-/// `TIDEGATE_CONFIG` names the file and `TIDEGATE_BLESS`-like test switches mean nothing to a server.
-const OTHER_VARIABLES: [&str; 1] = ["TIDEGATE_CONFIG"];
+/// Names the file, and is read by `cli`.
+const FILE_VARIABLE: &str = "TIDEGATE_CONFIG";
 
-fn variables(surroundings: &Surroundings, problems: &mut Vec<Problem>) -> Given {
-    let mut names: Vec<_> = surroundings.variables.keys().filter(|name| name.starts_with("TIDEGATE_")).collect();
-    names.sort();
+/// Unknown names are no problem: Kubernetes makes `TIDEGATE_SERVICE_HOST` and its like for a service named `tidegate`.
+fn variables(surroundings: &Surroundings) -> Given {
     let mut given = Given::new();
-    for name in names {
-        match SETTINGS.iter().find(|setting| setting.variable() == **name) {
-            Some(setting) => {
-                given.push((setting, Text { text: surroundings.variables[name].clone(), place: name.clone() }));
+    for (name, text) in &surroundings.variables {
+        let setting = SETTINGS.iter().find(|setting| setting.variable() == *name);
+        match setting.filter(|_| !made_by_kubernetes(text)) {
+            Some(setting) => given.push((setting, Text { text: text.clone(), place: name.clone() })),
+            None if name.starts_with("TIDEGATE_") && name != FILE_VARIABLE => {
+                tracing::debug!(name, "a variable that is no setting");
             }
-            None if OTHER_VARIABLES.contains(&name.as_str()) => {}
-            None => problems.push(Problem {
-                place: name.clone(),
-                found: "an unknown variable".into(),
-                expected: "one of docs/configuration.md".into(),
-            }),
+            None => {}
         }
     }
     given
+}
+
+/// `TIDEGATE_HTTP_PORT=tcp://10.0.0.7:80` is what Kubernetes makes for a service named `tidegate-http`.
+fn made_by_kubernetes(text: &str) -> bool {
+    ["tcp://", "udp://", "sctp://"].iter().any(|scheme| text.starts_with(scheme))
 }
 
 struct Texts {
@@ -116,6 +117,12 @@ impl Texts {
         self.take(key, 1, &format!("{SIZE_FORM}, more than 0"), |text| parse_size(text).filter(|n| *n > 0))
     }
 
+    fn timeout(&mut self, key: &'static str) -> Duration {
+        self.take(key, Duration::MAX, &format!("{DURATION_FORM}, more than 0"), |text| {
+            parse_duration(text).filter(|timeout| !timeout.is_zero())
+        })
+    }
+
     fn duration(&mut self, key: &'static str) -> Duration {
         self.take(key, Duration::ZERO, DURATION_FORM, parse_duration)
     }
@@ -138,6 +145,7 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
     let host = texts.address("host");
     let drain_timeout = texts.duration("drain_timeout");
     let max_body = texts.size("limits.body");
+    let body_timeout = texts.timeout("timeouts.body");
     Resolved {
         log_format: texts.take("log_format", LogFormat::Text, "`text` or `json`", |text| match text {
             "text" => Some(LogFormat::Text),
@@ -163,7 +171,9 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
             connections: server::ConnectionLimits {
                 connections: texts.count("limits.connections"),
                 streams: u32::try_from(texts.count("limits.streams")).unwrap_or(u32::MAX),
-                header_timeout: texts.duration("timeouts.header"),
+                header_timeout: texts.timeout("timeouts.header"),
+                idle_timeout: texts.timeout("timeouts.idle"),
+                write_timeout: texts.timeout("timeouts.write"),
             },
             budget: BudgetConfig {
                 max_requests: texts.count("limits.requests"),
@@ -172,10 +182,10 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
             rest: rest::Config {
                 max_body_bytes: max_body,
                 max_json_header_bytes: texts.size("limits.json_header"),
-                body_timeout: texts.duration("timeouts.body"),
+                body_timeout,
                 ..rest::Config::default()
             },
-            grpc_messages: grpc::Config { max_message_bytes: max_body, ..grpc::Config::default() },
+            grpc_messages: grpc::Config { max_message_bytes: max_body, body_timeout, ..grpc::Config::default() },
             registry: registry(texts, surroundings, drain_timeout),
         },
     }
@@ -265,7 +275,7 @@ mod tests {
         let Problems(problems) = with(
             &[("http_port", "70000"), ("log_format", "xml")],
             Some("lame_duck = 5\nadmin_host = \"0.0.0.0\"\n"),
-            &[("TIDEGATE_LIMITS_BODY", "64"), ("TIDEGATE_NOPE", "1")],
+            &[("TIDEGATE_LIMITS_BODY", "64")],
         )
         .unwrap_err();
         let texts: Vec<String> = problems.iter().map(Problem::to_string).collect();
@@ -275,8 +285,18 @@ mod tests {
         has("tidegate.toml:1: lame_duck: found `5`, expected a duration");
         has("tidegate.toml:2: admin_host: found `0.0.0.0`, expected a loopback");
         has("TIDEGATE_LIMITS_BODY: found `64`, expected a size");
-        has("TIDEGATE_NOPE: found an unknown variable");
         has("--registry: found nothing");
-        assert_eq!(texts.len(), 7, "{texts:#?}");
+        assert_eq!(texts.len(), 6, "{texts:#?}");
+    }
+
+    #[test]
+    fn what_kubernetes_puts_into_the_environment_is_not_ours() {
+        let variables = [
+            ("TIDEGATE_SERVICE_HOST", "10.0.0.7"),
+            ("TIDEGATE_PORT", "tcp://10.0.0.7:8000"),
+            ("TIDEGATE_HTTP_PORT", "tcp://10.0.0.7:80"),
+        ];
+        let resolved = with(&[("registry", "m")], None, &variables).unwrap();
+        assert_eq!(resolved.server.http.port(), 8000);
     }
 }

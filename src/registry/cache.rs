@@ -2,7 +2,7 @@
 //! that what is served cannot be truncated or swapped under it.
 //!
 //! Content-addressed: a version's files lie in a folder named by their digest, shared by versions of equal content and
-//! removed after the last of them was released. Each process has a folder of its own, marked by a locked file; folders
+//! removed after the last of them was released. Each registry has a folder of its own, marked by a locked file; folders
 //! whose lock is free are left over from a process that was killed, and are swept at start.
 //!
 //! Digest: the SHA-256 of the model file where it is the only one; otherwise the SHA-256 of the text that
@@ -24,8 +24,8 @@ use super::source::{MODEL_FILE, confined};
 pub const MAX_ARTIFACT_BYTES: u64 = 64 << 30;
 /// The most external data files of one model.
 const MAX_FILES: usize = 4096;
-/// How many names for the process's own folder are tried.
-const MAX_RUNS: u32 = 1024;
+/// How many lock files are tried.
+const LOCK_ATTEMPTS: u32 = 8;
 const COPY_BUFFER_BYTES: usize = 1 << 20;
 const RUN_PREFIX: &str = "tidegate-";
 const LOCK_SUFFIX: &str = ".lock";
@@ -69,39 +69,30 @@ pub struct Cached {
 pub struct Cache {
     run: PathBuf,
     lock_path: PathBuf,
-    /// Held locked while the process lives.
-    _lock: File,
+    /// Held locked until the folder is removed, or the process ends.
+    lock: Mutex<Option<File>>,
     staged: AtomicU64,
     /// Users of each folder.
     users: Mutex<BTreeMap<PathBuf, usize>>,
 }
 
 impl Cache {
-    /// Sweeps what dead processes left below `parent` and makes this process's own folder there.
+    /// Sweeps what dead processes left below `parent` and makes this registry's own folder there.
     pub fn open(parent: &Path) -> Result<Cache, CacheError> {
         let unusable = |error| CacheError::Unusable { folder: parent.display().to_string(), error };
         private_folder(parent).map_err(unusable)?;
         sweep(parent).map_err(unusable)?;
-        for attempt in 0..MAX_RUNS {
-            let run = parent.join(format!("{RUN_PREFIX}{}-{attempt}", std::process::id()));
+        for _ in 0..LOCK_ATTEMPTS {
+            // A name that was never used: process numbers come again, in containers at every start.
+            let run = parent.join(format!("{RUN_PREFIX}{}", uuid::Uuid::now_v7().simple()));
             let lock_path = run.with_extension(&LOCK_SUFFIX[1..]);
-            match take_lock(&lock_path) {
-                Ok(lock) => match DirBuilder::new().mode(0o700).create(&run) {
-                    Ok(()) => {
-                        let users = Mutex::default();
-                        return Ok(Cache { run, lock_path, _lock: lock, staged: AtomicU64::new(0), users });
-                    }
-                    // Somebody else's folder under that name, without a lock: not ours to use or remove.
-                    Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                        fs::remove_file(&lock_path).map_err(unusable)?;
-                    }
-                    Err(error) => return Err(unusable(error)),
-                },
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(unusable(error)),
+            if let Some(lock) = take_lock(&lock_path).map_err(unusable)? {
+                DirBuilder::new().mode(0o700).create(&run).map_err(unusable)?;
+                let (lock, staged) = (Mutex::new(Some(lock)), AtomicU64::new(0));
+                return Ok(Cache { run, lock_path, lock, staged, users: Mutex::default() });
             }
         }
-        Err(unusable(io::Error::new(ErrorKind::AlreadyExists, format!("{MAX_RUNS} other processes use it"))))
+        Err(unusable(io::Error::other("its lock file is taken away again and again")))
     }
 
     /// Copies a model and the external data files that `describe`, which is given the copy of the model, finds in it.
@@ -159,11 +150,14 @@ impl Cache {
         }
     }
 
-    /// Removes the process's folder. What is still mapped by an engine stays readable to it.
+    /// Removes the registry's folder, once. What is still mapped by an engine stays readable to it.
     pub fn remove(&self) {
-        // Best effort at exit; the next process sweeps.
-        let _ = fs::remove_dir_all(&self.run);
-        let _ = fs::remove_file(&self.lock_path);
+        if let Some(lock) = self.lock.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // Best effort at exit; the next process sweeps.
+            let _ = fs::remove_dir_all(&self.run);
+            let _ = fs::remove_file(&self.lock_path);
+            drop(lock);
+        }
     }
 }
 
@@ -194,15 +188,20 @@ fn private_folder(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// Makes and locks a new file. The lock goes with the process, however it ends.
-fn take_lock(path: &Path) -> io::Result<File> {
+/// Makes and locks a new file. The lock goes with the process, however it ends. `None` where a sweeper came between
+/// making and locking and took the file for a dead process's: that name is lost.
+fn take_lock(path: &Path) -> io::Result<Option<File>> {
     let file = File::options().write(true).create_new(true).open(path)?;
-    file.try_lock()?;
-    // A sweeper may have come between and removed the file that was not locked yet.
-    if fs::metadata(path).is_ok_and(|there| file.metadata().is_ok_and(|ours| ours.ino() == there.ino())) {
-        return Ok(file);
+    let ours = file.try_lock().is_ok() && is_at(&file, path);
+    Ok(ours.then_some(file))
+}
+
+/// Whether the open file is what lies at that path now.
+fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
+        _ => false,
     }
-    Err(ErrorKind::AlreadyExists.into())
 }
 
 fn sweep(parent: &Path) -> io::Result<()> {
@@ -213,9 +212,9 @@ fn sweep(parent: &Path) -> io::Result<()> {
             continue;
         }
         let lock_path = parent.join(&name);
-        // Another process's files that cannot be opened or removed are none of ours.
+        // Another user's files that cannot be opened or removed are none of ours.
         let Ok(lock) = File::open(&lock_path) else { continue };
-        if lock.try_lock().is_ok() {
+        if lock.try_lock().is_ok() && is_at(&lock, &lock_path) {
             let _ = fs::remove_dir_all(parent.join(run));
             let _ = fs::remove_file(&lock_path);
         }
@@ -422,13 +421,29 @@ mod tests {
         assert!(!dead.exists());
         let other = Cache::open(parent.path()).unwrap();
         assert!(living.run.exists() && other.run.exists() && living.run != other.run);
-        let foreign = parent.path().join(format!("{RUN_PREFIX}{}-2", std::process::id()));
-        fs::create_dir(&foreign).unwrap();
-        let third = Cache::open(parent.path()).unwrap();
-        assert!(third.run != foreign && foreign.exists());
-        fs::remove_dir(&foreign).unwrap();
-        [living, other, third].iter().for_each(Cache::remove);
+        [&living, &other, &living].into_iter().for_each(Cache::remove);
         let left: Vec<_> = fs::read_dir(parent.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, ["someone-elses"]);
+    }
+
+    #[test]
+    fn caches_opened_and_removed_side_by_side_leave_each_other_alone() {
+        let parent = tempfile::tempdir().unwrap();
+        let model = parent.path().join("model.onnx");
+        fs::write(&model, "model").unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let cache = Cache::open(parent.path()).unwrap();
+                        let copied = cache.copy::<(), CacheError>(&model, |_| Ok(((), BTreeSet::new())));
+                        let (cached, ()) = copied.unwrap();
+                        assert!(cached.model.exists());
+                        cache.remove();
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
     }
 }

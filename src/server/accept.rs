@@ -5,7 +5,7 @@
 //! is gone when [`Connections::finish`] returns.
 
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -17,14 +17,20 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 
+use super::prompt::{Heads, PromptStream};
+
 #[derive(Clone, Debug)]
 pub struct ConnectionLimits {
     /// Open connections per listener; more wait in the kernel's backlog.
     pub connections: usize,
     /// Concurrent HTTP/2 streams per connection.
     pub streams: u32,
-    /// How long a client may take to send a request's head.
+    /// How long a client may take to begin to speak, and to send a request's head.
     pub header_timeout: Duration,
+    /// How long a connection may be idle between requests. Longer than proxies keep theirs.
+    pub idle_timeout: Duration,
+    /// How long a client may take none of an answer that is ready for it.
+    pub write_timeout: Duration,
 }
 
 /// Most header fields of one request, and most bytes of its head.
@@ -46,13 +52,13 @@ pub(super) enum Wire {
 
 /// All connection tasks of the data plane.
 pub(super) struct Connections {
-    tasks: Arc<tokio::sync::Mutex<JoinSet<()>>>,
-    accepting: std::sync::Mutex<JoinSet<()>>,
+    tasks: Arc<Mutex<JoinSet<()>>>,
+    accepting: Mutex<JoinSet<()>>,
 }
 
 impl Connections {
     pub(super) fn new() -> Self {
-        Connections { tasks: Arc::default(), accepting: std::sync::Mutex::default() }
+        Connections { tasks: Arc::default(), accepting: Mutex::default() }
     }
 
     /// Accepts on `listener` until `draining` turns true.
@@ -64,24 +70,22 @@ impl Connections {
         limits: &ConnectionLimits,
         draining: watch::Receiver<bool>,
     ) {
-        let connection = Connection { wire, router, builder: builder(wire, limits), draining: draining.clone() };
-        let places = Arc::new(Semaphore::new(limits.connections));
+        let mut stop = draining.clone();
+        let connection = Connection { wire, router, builder: builder(wire, limits), limits: limits.clone(), draining };
         let tasks = Arc::clone(&self.tasks);
-        let mut accepting = self.accepting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        accepting.spawn(async move {
-            let mut draining = draining;
+        lock(&self.accepting).spawn(async move {
             tokio::select! {
-                () = super::told(&mut draining) => {}
-                () = accept_forever(listener, places, tasks, connection) => {}
+                () = super::told(&mut stop) => {}
+                () = accept_forever(listener, tasks, connection) => {}
             }
         });
     }
 
     /// Waits for the accept loops and then the connections to end; cuts what is left at the deadline. Returns how many.
     pub(super) async fn finish(self, deadline: Instant) -> usize {
-        let mut accepting = self.accepting.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut accepting = std::mem::take(&mut *lock(&self.accepting));
         while accepting.join_next().await.is_some() {}
-        let mut tasks = self.tasks.lock().await;
+        let mut tasks = std::mem::take(&mut *lock(&self.tasks));
         let all_ended = async { while tasks.join_next().await.is_some() {} };
         if tokio::time::timeout_at(deadline.into(), all_ended).await.is_ok() {
             return 0;
@@ -92,30 +96,32 @@ impl Connections {
     }
 }
 
-async fn accept_forever(
-    listener: TcpListener,
-    places: Arc<Semaphore>,
-    tasks: Arc<tokio::sync::Mutex<JoinSet<()>>>,
-    connection: Connection,
-) {
+/// Nothing that holds these locks can panic half-way: they are sets of tasks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn accept_forever(listener: TcpListener, tasks: Arc<Mutex<JoinSet<()>>>, connection: Connection) {
+    let places = Arc::new(Semaphore::new(connection.limits.connections.min(Semaphore::MAX_PERMITS)));
     loop {
         // The semaphore is never closed.
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        match listener.accept().await {
+            // From here to the task there is no point at which a drain could lose the stream.
+            Ok((stream, _)) => {
+                let connection = connection.clone();
+                let mut tasks = lock(&tasks);
+                while tasks.try_join_next().is_some() {}
+                tasks.spawn(async move {
+                    connection.serve(stream).await;
+                    drop(place);
+                });
+            }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
             }
-        };
-        let connection = connection.clone();
-        let mut tasks = tasks.lock().await;
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn(async move {
-            connection.serve(stream).await;
-            drop(place);
-        });
+        }
     }
 }
 
@@ -127,7 +133,7 @@ fn builder(wire: Wire, limits: &ConnectionLimits) -> auto::Builder<TokioExecutor
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
+        .header_read_timeout(limits.idle_timeout)
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEAD_BYTES)
         .http2()
@@ -145,6 +151,7 @@ struct Connection {
     wire: Wire,
     router: Router,
     builder: auto::Builder<TokioExecutor>,
+    limits: ConnectionLimits,
     draining: watch::Receiver<bool>,
 }
 
@@ -152,13 +159,15 @@ impl Connection {
     async fn serve(mut self, stream: TcpStream) {
         // Small answers must not wait for a client's delayed acknowledgement.
         let _ = stream.set_nodelay(true);
-        let router = self.router;
+        let heads = Arc::<Heads>::default();
+        let stream = PromptStream::new(stream, &self.limits, Arc::clone(&heads));
+        let (router, begun) = (self.router, Arc::clone(&heads));
         let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
-            let router = router.clone();
+            let (router, serving) = (router.clone(), begun.begin());
             async move {
-                Ok::<_, Infallible>(
-                    router.oneshot(request.map(axum::body::Body::new)).await.unwrap_or_else(|never| match never {}),
-                )
+                let answered = router.oneshot(request.map(axum::body::Body::new)).await;
+                drop(serving);
+                Ok::<_, Infallible>(answered.unwrap_or_else(|never| match never {}))
             }
         });
         let serving = self.builder.serve_connection(TokioIo::new(stream), service);
@@ -166,6 +175,9 @@ impl Connection {
         let ended = tokio::select! {
             ended = serving.as_mut() => ended,
             () = super::told(&mut self.draining) => {
+                if !heads.decided() {
+                    return;
+                }
                 serving.as_mut().graceful_shutdown();
                 serving.await
             }

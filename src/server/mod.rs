@@ -10,6 +10,7 @@
 mod accept;
 mod observe;
 mod plane;
+mod prompt;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -60,8 +61,6 @@ pub enum ServerError {
     Bind { plane: &'static str, address: SocketAddr, error: std::io::Error },
     #[error("cannot start a thread or runtime: {0}")]
     Start(std::io::Error),
-    #[error("{failed} of {found} model versions failed to load, and `strict_readiness` is on")]
-    NotStrictlyReady { failed: usize, found: usize },
 }
 
 /// Where the server came to listen, once it is ready.
@@ -115,7 +114,7 @@ where
     Stop: Future<Output = ()> + Send + 'static,
 {
     let Hooks { ready, stop, phase } = hooks;
-    let mut stopping = watch_stop(stop);
+    let stopping = watch_stop(stop);
     let monitor = Monitor::new();
     let probe = observe::Probe { monitor: Arc::clone(&monitor), phase: phase.subscribe() };
     let observation = observe::spawn(config.metrics, probe)?;
@@ -123,62 +122,133 @@ where
     phase.send_replace(Phase::Loading);
     let gate = Gate::new(config.cores);
     let registry = Registry::start(config.registry.clone(), config.cores, gate, Arc::clone(&monitor))?;
-    let loading = {
-        let registry = Arc::clone(&registry);
-        tokio::task::spawn_blocking(move || registry.wait_loaded())
-    };
-    let stop_early = tokio::select! {
-        _ = loading => None,
-        _ = told(&mut stopping) => Some(registry.shutdown(Instant::now() + config.drain_timeout)),
-    };
-    if let Some(jobs) = stop_early {
-        phase.send_replace(Phase::Stopped);
-        return Ok(Drained { connections: 0, jobs });
-    }
-    strictly_ready(&config, &registry)?;
-
-    let engine = Arc::new(Engine::new(
-        Arc::clone(&registry),
-        Arc::clone(&monitor),
-        config.budget.clone(),
-        phase.subscribe(),
-        Pool::new(config.cores).map_err(ServerError::Start)?,
-    ));
-    observation.attach(Arc::clone(&engine));
-    let http = bind("HTTP", config.http).await?;
-    let grpc = bind("gRPC", config.grpc).await?;
-    let admin_router = rest::admin(Arc::clone(&engine), config.rest.clone());
-    let admin = plane::spawn("admin", config.admin, admin_router, phase.subscribe(), std::future::pending())?;
-    let addresses = Addresses {
-        http: local(&http, config.http),
-        grpc: local(&grpc, config.grpc),
-        metrics: observation.address(),
-        admin,
-    };
-    let connections = accept::Connections::new();
-    let http_router = rest::router(Arc::clone(&engine), config.rest.clone());
-    let grpc_router = grpc::routes(Arc::clone(&engine), config.grpc_messages.clone());
-    let (drain, draining) = watch::channel(false);
-    connections.accept(http, Wire::Http, http_router, &config.connections, draining.clone());
-    connections.accept(grpc, Wire::Grpc, grpc_router, &config.connections, draining);
-
-    phase.send_replace(Phase::Ready);
-    ready(&addresses, &engine);
-    told(&mut stopping).await;
-
-    phase.send_replace(Phase::LameDuck);
-    tokio::time::sleep(config.lame_duck).await;
-    phase.send_replace(Phase::Draining);
-    let deadline = Instant::now() + config.drain_timeout;
-    drain.send_replace(true);
-    let cut = connections.finish(deadline).await;
-    phase.send_replace(Phase::Stopping);
-    let jobs = close(registry, deadline).await;
-    let drained = Drained { connections: cut, jobs };
-    events::Stopped { connections_cut: cut, jobs_abandoned: jobs }.emit();
-    phase.send_replace(Phase::Stopped);
-    Ok(drained)
+    let mut life = Life { config, registry, monitor, observation, phase, stopping };
+    let served = life.serve(ready).await;
+    // Private copies and threads go whether or not there was anything to serve.
+    let drained = life.close(served.as_ref().map_or_else(|_| Instant::now(), |cut| cut.deadline)).await;
+    served.map(|cut| life.stopped(cut.connections, drained))
 }
+
+/// A process whose registry has started.
+struct Life {
+    config: Config,
+    registry: Arc<Registry>,
+    monitor: Arc<Monitor>,
+    observation: observe::Observation,
+    phase: watch::Sender<Phase>,
+    stopping: watch::Receiver<bool>,
+}
+
+/// What became of the connections, and until when what was accepted may take.
+struct Cut {
+    connections: usize,
+    deadline: Instant,
+}
+
+/// The data plane, accepting.
+struct DataPlane {
+    connections: accept::Connections,
+    drain: watch::Sender<bool>,
+}
+
+impl Life {
+    /// Loads, serves until told to stop, drains.
+    async fn serve(&mut self, ready: WhenReady) -> Result<Cut, ServerError> {
+        let loading = {
+            let registry = Arc::clone(&self.registry);
+            tokio::task::spawn_blocking(move || registry.wait_loaded())
+        };
+        tokio::select! {
+            _ = loading => {}
+            () = told(&mut self.stopping) => return Ok(Cut { connections: 0, deadline: self.deadline() }),
+        }
+        let engine = self.engine()?;
+        let (plane, addresses) = self.bind(&engine).await?;
+        if self.became_ready().await {
+            self.phase.send_replace(Phase::Ready);
+            ready(&addresses, &engine);
+            told(&mut self.stopping).await;
+        }
+        self.phase.send_replace(Phase::LameDuck);
+        tokio::time::sleep(self.config.lame_duck).await;
+        self.phase.send_replace(Phase::Draining);
+        let deadline = self.deadline();
+        plane.drain.send_replace(true);
+        Ok(Cut { connections: plane.connections.finish(deadline).await, deadline })
+    }
+
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.config.drain_timeout
+    }
+
+    fn engine(&self) -> Result<Arc<Engine>, ServerError> {
+        let engine = Arc::new(Engine::new(
+            Arc::clone(&self.registry),
+            Arc::clone(&self.monitor),
+            self.config.budget.clone(),
+            self.phase.subscribe(),
+            Pool::new(self.config.cores).map_err(ServerError::Start)?,
+        ));
+        self.observation.attach(Arc::clone(&engine));
+        Ok(engine)
+    }
+
+    async fn bind(&self, engine: &Arc<Engine>) -> Result<(DataPlane, Addresses), ServerError> {
+        let config = &self.config;
+        let http = bind("HTTP", config.http).await?;
+        let grpc = bind("gRPC", config.grpc).await?;
+        let admin_router = rest::admin(Arc::clone(engine), config.rest.clone());
+        let admin = plane::spawn("admin", config.admin, admin_router, self.phase.subscribe(), std::future::pending())?;
+        let addresses = Addresses {
+            http: local(&http, config.http),
+            grpc: local(&grpc, config.grpc),
+            metrics: self.observation.address(),
+            admin,
+        };
+        let connections = accept::Connections::new();
+        let http_router = rest::router(Arc::clone(engine), config.rest.clone());
+        let grpc_router = grpc::routes(Arc::clone(engine), config.grpc_messages.clone());
+        let (drain, draining) = watch::channel(false);
+        connections.accept(http, Wire::Http, http_router, &config.connections, draining.clone());
+        connections.accept(grpc, Wire::Grpc, grpc_router, &config.connections, draining);
+        Ok((DataPlane { connections, drain }, addresses))
+    }
+
+    /// With strict readiness, waits until no version has failed. False: told to stop before that.
+    async fn became_ready(&mut self) -> bool {
+        if !self.config.strict_readiness || self.registry.all_ready() {
+            return true;
+        }
+        tracing::warn!("not ready: a model version has failed, and `strict_readiness` is on");
+        let registry = Arc::clone(&self.registry);
+        let all_ready = async move {
+            while !registry.all_ready() {
+                tokio::time::sleep(STRICT_READINESS_POLL).await;
+            }
+        };
+        tokio::select! {
+            () = all_ready => true,
+            () = told(&mut self.stopping) => false,
+        }
+    }
+
+    /// Closes the registry; the number of jobs left at the deadline.
+    async fn close(&self, deadline: Instant) -> usize {
+        self.phase.send_replace(Phase::Stopping);
+        let registry = Arc::clone(&self.registry);
+        // Joining blocks; if the blocking task itself dies, nothing is known to be left.
+        tokio::task::spawn_blocking(move || registry.shutdown(deadline)).await.unwrap_or(0)
+    }
+
+    fn stopped(&self, connections: usize, jobs: usize) -> Drained {
+        events::Stopped { connections_cut: connections, jobs_abandoned: jobs }.emit();
+        self.phase.send_replace(Phase::Stopped);
+        Drained { connections, jobs }
+    }
+}
+
+/// How often a server that is not ready looks whether its failed versions have been mended.
+const STRICT_READINESS_POLL: Duration = Duration::from_millis(100);
 
 /// Runs `stop` on the runtime and makes its completion something that several places can wait for.
 fn watch_stop(stop: impl Future<Output = ()> + Send + 'static) -> watch::Receiver<bool> {
@@ -195,20 +265,6 @@ fn watch_stop(stop: impl Future<Output = ()> + Send + 'static) -> watch::Receive
 /// Waits until the flag is true. A sender is never dropped while somebody waits for it here.
 async fn told(flag: &mut watch::Receiver<bool>) {
     let _ = flag.wait_for(|told| *told).await;
-}
-
-async fn close(registry: Arc<Registry>, deadline: Instant) -> usize {
-    // Joining blocks; if the blocking task itself dies, nothing is known to be left.
-    tokio::task::spawn_blocking(move || registry.shutdown(deadline)).await.unwrap_or(0)
-}
-
-fn strictly_ready(config: &Config, registry: &Registry) -> Result<(), ServerError> {
-    let status = registry.status();
-    let failed = status.iter().filter(|entry| entry.state == registry::State::Failed).count();
-    if config.strict_readiness && failed > 0 {
-        return Err(ServerError::NotStrictlyReady { failed, found: status.len() });
-    }
-    Ok(())
 }
 
 async fn bind(plane: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {

@@ -12,8 +12,13 @@ use super::accept::{ConnectionLimits, Connections, Wire};
 use crate::request::Phase;
 
 /// Few and patient: scrapers, probes and operators, not clients.
-const LIMITS: ConnectionLimits =
-    ConnectionLimits { connections: 64, streams: 16, header_timeout: Duration::from_secs(5) };
+const LIMITS: ConnectionLimits = ConnectionLimits {
+    connections: 64,
+    streams: 16,
+    header_timeout: Duration::from_secs(5),
+    idle_timeout: Duration::from_secs(120),
+    write_timeout: Duration::from_secs(10),
+};
 
 /// Serves `router` on a new thread until the phase is [`Phase::Stopped`], `chores` beside it. Returns the bound address
 /// once connections are accepted by the kernel.

@@ -168,10 +168,3 @@ fn a_registry_that_cannot_be_read_stops_the_start() {
     let error = TestServer::of(&models.path().join("nowhere")).try_start().err().expect("no such folder");
     assert!(error.contains("nowhere"), "{error}");
 }
-
-#[test]
-fn strict_readiness_wants_every_version() {
-    let models = Models::new().with("tumor").with("corrupt");
-    let error = TestServer::of(models.path()).set("strict_readiness", true).try_start().err().expect("one has failed");
-    assert!(error.contains("1 of 2"), "{error}");
-}

@@ -4,6 +4,7 @@
 
 mod batching;
 mod deadlines;
+mod edges;
 mod goldens;
 mod lifecycle;
 mod references;
