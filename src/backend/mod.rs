@@ -2,7 +2,7 @@
 //! loaded version, [`Instance`] is what one worker thread runs.
 //!
 //! Knows nothing of requests, protocols, metrics or async runtimes: tensors in, tensors out. Each engine's crate is
-//! named in that engine's file only; `onnx` reads model files without any engine.
+//! named in that engine's folder only; `onnx` reads model files without any engine.
 //!
 //! Threads: `load` and `instance` are slow and called on a loader thread; `run` is called on a worker thread that owns
 //! the instance. A panic in `run` costs the caller the instance, nothing else.
@@ -11,6 +11,7 @@ mod batch;
 pub mod fake;
 pub mod onnx;
 pub mod onnxruntime;
+mod text;
 #[cfg(feature = "tract")]
 pub mod tract;
 
@@ -20,6 +21,7 @@ use std::sync::Arc;
 use crate::tensor::{OutputKind, Signature, Tensor};
 
 pub use batch::{Batch, BatchInput};
+pub use text::{first_line, panic_text};
 
 /// A model file in the server's private cache, with what the file says about itself.
 #[derive(Clone, Debug)]

@@ -210,8 +210,9 @@ impl Settings {
 }
 
 fn describe(copy: &Path) -> Result<(Description, std::collections::BTreeSet<String>), Failure> {
-    let bytes = fs::read(copy)
-        .map_err(|error| LoadError::BadModel(format!("the copy of the model cannot be read: {error}")))?;
+    let unreadable = |error| LoadError::BadModel(format!("the copy of the model cannot be read: {error}"));
+    Description::check_length(fs::metadata(copy).map_err(unreadable)?.len())?;
+    let bytes = fs::read(copy).map_err(unreadable)?;
     // The file is untrusted: a defect of the reader must not take the loader's thread with it.
     let description = catch_unwind(|| Description::read(bytes.into()))
         .unwrap_or_else(|_| Err(LoadError::BadModel("the reader of ONNX files panicked on it".into())))?;

@@ -115,12 +115,12 @@ impl fmt::Display for PredictionId {
     }
 }
 
-/// Where a request's time went. `gather`, `compute` and `split` are those of the batch it ran in.
+/// Where a request's time went. `compute` (with gathering the batch's inputs) and `split` are those of the
+/// batch it ran in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timings {
     pub prepare: Duration,
     pub queue: Duration,
-    pub gather: Duration,
     pub compute: Duration,
     pub split: Duration,
     /// Rows of the batch it ran in.

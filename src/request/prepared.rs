@@ -24,7 +24,7 @@ pub struct Prepared {
     pub outputs: Vec<usize>,
     /// Rows of a batchable request, at least 1; 1 for a request to an unbatched version.
     pub rows: usize,
-    /// Requests whose keys are equal may share a batch: the extents of all free dimensions but the leading ones.
+    /// Requests whose keys are equal may share a batch: see [`batch_key`].
     pub key: Box<[usize]>,
     pub deadline: Option<Instant>,
     pub priority: Priority,
@@ -56,13 +56,17 @@ impl Prepared {
     }
 }
 
-/// The extents of all free dimensions but the leading ones. Empty for a model whose rows have a fixed shape.
+/// The extents of all free dimensions but the leading ones, after the rank where none is declared: `[2, 3]` beside `[4]`
+/// is not `[2]` beside `[3, 4]`. Empty for a model whose rows have a fixed shape.
 pub fn batch_key(inputs: &[Tensor], signature: &Signature) -> Box<[usize]> {
     let mut key = Vec::new();
     for (tensor, spec) in inputs.iter().zip(&signature.inputs) {
         let dims = tensor.shape().dims();
         match &spec.dims {
-            None => key.extend(dims.iter().skip(1)),
+            None => {
+                key.push(dims.len());
+                key.extend(dims.iter().skip(1));
+            }
             Some(specs) => {
                 key.extend(dims.iter().zip(specs).skip(1).filter(|(_, dim)| dim.is_free()).map(|(extent, _)| extent));
             }
@@ -294,5 +298,15 @@ mod tests {
         let ragged = signature(&[("ids", &[-1, -1, 3])]);
         let prepared = check_with(vec![("ids", tensor(&[2, 7, 3]))], &[], &ragged, BATCHED).unwrap();
         assert_eq!(*prepared.key, [7]);
+    }
+
+    #[test]
+    fn inputs_of_undeclared_rank_share_a_batch_only_at_equal_ranks() {
+        let mut undeclared = signature(&[("a", &[]), ("b", &[])]);
+        undeclared.inputs.iter_mut().for_each(|spec| spec.dims = None);
+        let key = |a: &[usize], b: &[usize]| batch_key(&[tensor(a), tensor(b)], &undeclared);
+        assert_eq!(key(&[1, 2, 3], &[1, 4]), key(&[5, 2, 3], &[5, 4]));
+        assert_ne!(key(&[1, 2, 3], &[1, 4]), key(&[1, 2], &[1, 3, 4]));
+        assert_ne!(key(&[1, 2, 2], &[1]), key(&[1, 2], &[1, 2]));
     }
 }

@@ -35,14 +35,12 @@ use crate::request::{Permit, Prepared, Priority, Timings};
 use crate::tensor::Tensor;
 use batcher::{Batcher, Entry, Readiness};
 
-pub use gate::{Gate, Turn};
-pub use threads::{MAX_COPIED_WEIGHTS_BYTES, Reason, ThreadPlan, Wish};
+pub use gate::Gate;
+pub use threads::{Reason, ThreadPlan, Wish};
 
 pub const DEFAULT_PREFERRED_ROWS: usize = 32;
 pub const DEFAULT_MAX_QUEUE_REQUESTS: usize = 1024;
 pub const DEFAULT_MAX_QUEUE_BYTES: usize = 512 << 20;
-/// Finds up to three poisonous requests among 32: 2 + 4 + 6 + 6 + 6 halves run again.
-pub const DEFAULT_MAX_BISECT_RUNS: usize = 24;
 pub const DEFAULT_LINGER: Duration = Duration::from_secs(10);
 
 /// How one version is scheduled.
@@ -60,8 +58,6 @@ pub struct Config {
     pub max_delay: Duration,
     pub max_queue_requests: usize,
     pub max_queue_bytes: usize,
-    /// Extra runs a failed batch may cost.
-    pub max_bisect_runs: usize,
     /// How long an idle worker thread lingers before it exits (its instance is kept).
     pub linger: Duration,
 }
@@ -76,7 +72,6 @@ impl Default for Config {
             max_delay: Duration::ZERO,
             max_queue_requests: DEFAULT_MAX_QUEUE_REQUESTS,
             max_queue_bytes: DEFAULT_MAX_QUEUE_BYTES,
-            max_bisect_runs: DEFAULT_MAX_BISECT_RUNS,
             linger: DEFAULT_LINGER,
         }
     }
@@ -87,7 +82,7 @@ impl Default for Config {
 #[derive(Debug)]
 pub struct Answer {
     pub outputs: Vec<Tensor>,
-    /// `prepare` and `gather` are zero: the caller measures the first, the second is part of `compute`.
+    /// `prepare` is zero: the caller measures it.
     pub timings: Timings,
     pub permit: Permit,
 }
@@ -143,6 +138,13 @@ struct State {
     /// Jobs taken and not yet answered.
     running: usize,
     handles: Vec<JoinHandle<()>>,
+}
+
+impl State {
+    /// A worker that waits for a batch to fill need not wait any longer.
+    fn filled(&self, now: Instant) -> bool {
+        self.filling > 0 && self.batcher.readiness(now) == Readiness::Ready
+    }
 }
 
 /// A queued request. Dropping it frees its permit and tells its caller that nobody will answer.
@@ -278,14 +280,9 @@ impl Shared {
         let ticket = state.batcher.push(Entry { key, priority, rows, bytes, arrived: now, item: job });
         self.emit_queue(&state);
         let call = self.summon(&mut state);
-        let filled = state.filling > 0 && state.batcher.readiness(now) == Readiness::Ready;
+        let filled = state.filled(now);
         drop(state);
-        if call {
-            self.work.notify_one();
-        }
-        if filled {
-            self.filling.notify_one();
-        }
+        self.wake(call, filled);
         Ok((Waiting { shared: self, ticket: Some(ticket) }, answer))
     }
 
@@ -319,6 +316,16 @@ impl Shared {
         false
     }
 
+    /// After unlocking: one that rests, one that waits for a batch to fill.
+    fn wake(&self, resting: bool, filling: bool) {
+        if resting {
+            self.work.notify_one();
+        }
+        if filling {
+            self.filling.notify_one();
+        }
+    }
+
     fn emit_queue(&self, state: &State) {
         let (requests, bytes) = (state.batcher.len(), state.batcher.bytes());
         QueueChanged { version: &self.monitor, requests, bytes }.emit();
@@ -328,6 +335,7 @@ impl Shared {
     fn demote(&self) {
         if self.batching.swap(false, Ordering::Relaxed) {
             lock(&self.state).batcher.set_preferred_rows(1);
+            self.filling.notify_all();
             let reason = "an output does not have as many rows as its inputs";
             VersionDemoted { version: &self.monitor, reason }.emit();
         }

@@ -207,6 +207,15 @@ impl Bench {
         assert!(!ended.1.timed_out());
     }
 
+    /// Spins until as many workers wait for a batch to fill: nothing signals that they have begun to.
+    fn wait_for_filling(&self, workers: usize) {
+        let since = Instant::now();
+        while lock(&self.scheduler.shared.state).filling < workers && since.elapsed() < AGES {
+            thread::yield_now();
+        }
+        assert_eq!(lock(&self.scheduler.shared.state).filling, workers);
+    }
+
     fn in_flight(&self) -> usize {
         self.budget.requests()
     }
@@ -367,23 +376,32 @@ async fn one_poisonous_request_among_32_fails_alone() {
 }
 
 #[tokio::test]
-async fn when_the_extra_runs_are_used_up_the_rest_fail_and_say_so() {
-    let bench = Bench::new(Config { max_bisect_runs: 3, ..Bench::config() });
-    let first = bench.occupy();
-    let waiting: Vec<_> = (0..8).map(|i| bench.submit(&[if i == 0 { INVALID } else { i as f32 }])).collect();
-    bench.script.release();
-    done(first).await.unwrap();
-    let mut outcomes = Vec::new();
-    for submitted in waiting {
-        outcomes.push(done(submitted).await.map(|_| ()).map_err(|error| {
-            assert!(error.message().contains("not found in 3 runs"), "{error}");
-            error.kind()
-        }));
+async fn however_many_are_poisonous_each_gets_its_own_error() {
+    // Of 32: all, and one in each four; with the runs that the halves take.
+    let all = 2 + 4 + 8 + 16 + 32;
+    let each_fourth = 2 + 4 + 8 + 16 + 16;
+    for (every, extra_runs) in [(1, all), (4, each_fourth)] {
+        let bench = Bench::new(Bench::config());
+        let first = bench.occupy();
+        let poisonous = |i: usize| i.is_multiple_of(every);
+        let waiting: Vec<_> = (0..32).map(|i| bench.submit(&[if poisonous(i) { INVALID } else { i as f32 }])).collect();
+        bench.script.release();
+        done(first).await.unwrap();
+        for (i, submitted) in waiting.into_iter().enumerate() {
+            match done(submitted).await {
+                Ok(answer) => {
+                    assert!(!poisonous(i));
+                    assert_eq!(answer.outputs[0].to_vec::<f32>().unwrap(), [2.0 * i as f32]);
+                }
+                Err(error) => {
+                    assert!(poisonous(i), "{i}: {error}");
+                    assert_eq!((error.kind(), error.message()), (Kind::InvalidInput, "index out of range"));
+                }
+            }
+        }
+        assert_eq!(bench.script.runs().len(), 2 + extra_runs);
+        bench.join();
     }
-    // Eight fail, four of them fail, the other four pass, two of the failed run once more and fail.
-    let unresolved = Err(Kind::BackendFailed);
-    assert_eq!(outcomes, [[unresolved; 4], [Ok(()); 4]].concat());
-    assert_eq!(bench.script.runs().len(), 1 + 1 + 3);
 }
 
 #[tokio::test]
@@ -574,6 +592,27 @@ async fn with_a_delay_a_batch_waits_until_it_is_full_due_or_closed() {
     let bench = Bench::new(Config { max_delay: Duration::from_millis(5), ..Bench::config() });
     let answer = done(bench.submit(&[1.0])).await.unwrap();
     assert!(answer.timings.queue >= Duration::from_millis(5));
+    bench.join();
+}
+
+/// The worker that a full lane wakes takes the head of another lane; somebody must still come for the full one.
+#[tokio::test]
+async fn a_full_lane_does_not_wait_for_the_worker_that_took_anothers_head() {
+    let config = Config { instances: 2, preferred_rows: 2, max_delay: batcher::MAX_DELAY, ..Bench::config() };
+    let bench = Bench::new(config);
+    let keyed = |key: usize, value| Prepared { key: [key].into(), ..Bench::prepared(&[value]) };
+    bench.script.hold();
+    let mut waiting = vec![bench.send(keyed(1, 1.0)), bench.send(keyed(2, 2.0))];
+    bench.wait_for_filling(2);
+    waiting.push(bench.send(keyed(2, 3.0)));
+    bench.script.wait_for_runs_inside(2);
+    bench.script.release();
+    for submitted in waiting {
+        done(submitted).await.unwrap();
+    }
+    let mut runs = bench.script.runs();
+    runs.sort_by_key(Vec::len);
+    assert_eq!(runs, [vec![1.0], vec![2.0, 3.0]]);
     bench.join();
 }
 

@@ -4,7 +4,6 @@
 //! Owns one instance while it lives. A failed batch is bisected by request; a panic costs the instance, which is made
 //! anew. Never holds the state's lock while it waits for the gate, runs, replies or records.
 
-use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -13,7 +12,7 @@ use std::time::Instant;
 
 use super::batcher::{Poll, Readiness};
 use super::{Answer, Job, Shared, State, expired, lock};
-use crate::backend::{Batch, Instance, RunError};
+use crate::backend::{Batch, Instance, RunError, panic_text};
 use crate::error::{Error, Kind};
 use crate::monitor::events::BatchExecuted;
 use crate::request::Timings;
@@ -201,7 +200,8 @@ impl Worker {
     fn take(&mut self) -> Vec<Job> {
         let shared = Arc::clone(&self.shared);
         let mut state = lock(&shared.state);
-        let polled = state.batcher.poll(Instant::now());
+        let now = Instant::now();
+        let polled = state.batcher.poll(now);
         if let Poll::Batch(entries) = &polled {
             self.running = entries.len();
             state.running += entries.len();
@@ -209,10 +209,10 @@ impl Worker {
         }
         self.set_heading(&mut state, false);
         let call = shared.summon(&mut state);
+        // What filled up need not be what this worker took: a full lane sends off the head of another one.
+        let filled = state.filled(now);
         drop(state);
-        if call {
-            shared.work.notify_one();
-        }
+        shared.wake(call, filled);
         match polled {
             Poll::Batch(entries) => entries.into_iter().map(|entry| entry.item).collect(),
             Poll::Wait(_) | Poll::Idle => Vec::new(),
@@ -220,9 +220,9 @@ impl Worker {
     }
 
     /// Answers every job. A failed group of several is halved until the requests at fault stand alone, larger groups
-    /// first, so that when the extra runs are used up most of the others have been answered.
+    /// first, so that most of the others are answered early. There is no other cap than that: `n` requests cost at
+    /// most `2 n - 2` extra runs, and no request is failed for its neighbours.
     fn serve(&mut self, jobs: Vec<Job>) {
-        let mut spare_runs = self.shared.config.max_bisect_runs;
         let mut groups = VecDeque::from([jobs]);
         while let Some(group) = groups.pop_front() {
             if let Err(error) = self.ensure_instance() {
@@ -242,15 +242,7 @@ impl Worker {
                 }
                 Outcome::Failed(mut first, _) => {
                     let second = first.split_off(first.len() / 2);
-                    for half in [first, second] {
-                        match spare_runs.checked_sub(1) {
-                            Some(left) => {
-                                spare_runs = left;
-                                groups.push_back(half);
-                            }
-                            None => half.into_iter().for_each(|job| job.reject(self.unresolved())),
-                        }
-                    }
+                    groups.extend([first, second]);
                 }
             }
         }
@@ -327,13 +319,6 @@ impl Worker {
             self.shared.monitor.fold(&outputs);
         }
     }
-
-    /// Says nothing of the engine's message, which may tell of another caller's data.
-    fn unresolved(&self) -> Error {
-        let runs = self.shared.config.max_bisect_runs;
-        let message = format!("the batch failed, and which of its requests is at fault was not found in {runs} runs");
-        Error::new(Kind::BackendFailed, message)
-    }
 }
 
 impl Drop for Worker {
@@ -352,9 +337,7 @@ impl Drop for Worker {
         }
         let call = shared.summon(&mut state);
         drop(state);
-        if call {
-            shared.work.notify_one();
-        }
+        shared.wake(call, false);
         shared.ended.notify_all();
     }
 }
@@ -412,11 +395,6 @@ fn blame(error: &RunError) -> Error {
         RunError::InvalidArgument(message) => Error::invalid(message.clone()),
         RunError::Failed(message) => Error::new(Kind::BackendFailed, message.clone()),
     }
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
 }
 
 /// `model/version#index`, the model's name cut so that the rest stays whole where it can.

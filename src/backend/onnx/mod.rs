@@ -1,4 +1,4 @@
-//! Reads an ONNX file without any engine: signature, operators, what outputs mean, whether rows are independent, and
+//! Reads an ONNX file without any engine: signature, what outputs mean, whether rows are independent, and
 //! which other files it needs.
 //!
 //! Owns the ONNX protobuf (`proto/onnx.proto`); nothing outside this folder sees it. Opens no file: the caller hands
@@ -29,7 +29,10 @@ use prost::Message;
 
 use super::LoadError;
 use crate::tensor::{OutputKind, Signature};
-use graph::{Index, domain};
+use graph::Index;
+
+/// The longest ONNX file: protobuf knows no longer message. Larger weights lie in files beside it.
+pub const MAX_FILE_BYTES: u64 = i32::MAX as u64;
 
 /// What an ONNX file says about itself.
 #[derive(Clone, Debug, Default)]
@@ -40,8 +43,6 @@ pub struct Description {
     pub omitted_outputs: Vec<String>,
     /// One per output of the signature.
     pub output_kinds: Vec<OutputKind>,
-    /// (domain, operator) of every node, those of subgraphs and local functions too; domain "" is ai.onnx.
-    pub operators: BTreeSet<(String, String)>,
     /// Why rows cannot be independent: the first row-coupling operator found (`DynamicQuantizeLinear couples rows`).
     /// `None` proves nothing.
     pub couples_rows: Option<String>,
@@ -53,11 +54,20 @@ pub struct Description {
     pub external_files: BTreeSet<String>,
     /// The exporter and its version: `pytorch 2.9.0`. Empty where the file does not say.
     pub producer: String,
-    /// (domain, version) of every operator set imported; domain "" is ai.onnx.
-    pub opsets: Vec<(String, i64)>,
 }
 
 impl Description {
+    /// Refuses a file by its length, before it is read into memory: no ONNX file is longer than [`MAX_FILE_BYTES`].
+    pub fn check_length(bytes: u64) -> Result<(), LoadError> {
+        if bytes > MAX_FILE_BYTES {
+            return Err(bad(format!(
+                "not an ONNX model: {bytes} bytes, expected at most {MAX_FILE_BYTES}; larger weights belong in external \
+                 data files"
+            )));
+        }
+        Ok(())
+    }
+
     /// Reads a whole ONNX file. Every failure is a [`LoadError::BadModel`].
     pub fn read(bytes: Bytes) -> Result<Description, LoadError> {
         let model = decode(bytes)?;
@@ -66,13 +76,11 @@ impl Description {
         let (signature, omitted_outputs) = signature::read(graph)?;
         Ok(Description {
             output_kinds: signature.outputs.iter().map(|output| kinds::infer(&index, output)).collect(),
-            operators: index.nodes.iter().map(|node| (domain(&node.domain).into(), node.op_type.clone())).collect(),
             couples_rows: rows::coupled(&index, &signature),
             tract_computes_wrongly: wrongly::by_tract(&index),
             mentioned_sizes: sizes::mentioned(&index),
             external_files: external::files(&index)?,
             producer: format!("{} {}", model.producer_name, model.producer_version).trim().to_owned(),
-            opsets: model.opset_import.iter().map(|set| (domain(&set.domain).into(), set.version)).collect(),
             signature,
             omitted_outputs,
         })
@@ -130,10 +138,7 @@ mod tests {
         assert_eq!(description.omitted_outputs, ["maps"]);
         assert_eq!(description.output_kinds, [OutputKind::Probabilities, OutputKind::Values]);
         assert_eq!(description.external_files, BTreeSet::from(["weights.bin".to_owned()]));
-        assert!(description.operators.contains(&("".into(), "Neg".into())), "subgraphs are read");
-        assert!(description.operators.contains(&("ai.onnx.ml".into(), "LabelEncoder".into())));
         assert_eq!(description.producer, "test 1");
-        assert_eq!(description.opsets, [("".to_owned(), 17), ("ai.onnx.ml".to_owned(), 3)]);
     }
 
     #[test]
@@ -150,6 +155,13 @@ mod tests {
             let error = Description::read(Bytes::from_static(bytes)).unwrap_err();
             assert!(matches!(&error, LoadError::BadModel(text) if text.starts_with(expected)), "{error}");
         }
+    }
+
+    #[test]
+    fn files_longer_than_a_protobuf_are_refused_unread() {
+        assert_eq!(Description::check_length(MAX_FILE_BYTES), Ok(()));
+        let error = Description::check_length(MAX_FILE_BYTES + 1).unwrap_err();
+        assert!(matches!(&error, LoadError::BadModel(text) if text.contains("2147483648 bytes")), "{error}");
     }
 
     #[test]
