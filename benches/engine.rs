@@ -33,6 +33,7 @@ pub fn serve(fake: Fake) -> Served {
         tract: None,
         onnxruntime_reason: String::new(),
         details: String::new(),
+        broken: false,
     };
     let monitor = Monitor::new();
     let registry = Registry::start_with(config, engines, CORES, Gate::new(CORES), Arc::clone(&monitor)).unwrap();

@@ -23,4 +23,5 @@ pub mod tensor;
 
 pub mod error;
 pub mod pool;
+pub mod problem;
 pub mod units;

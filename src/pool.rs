@@ -63,20 +63,27 @@ impl Pool {
         T: Send + 'static,
         F: FnOnce() -> T + Send + 'static,
     {
-        let (reply, result) = oneshot::channel();
-        let queued = self.shared.push(Box::new(move || {
-            if reply.is_closed() {
-                return;
-            }
-            // What `work` had borrowed mutably is its own and is gone after a panic.
-            if let Ok(value) = catch_unwind(AssertUnwindSafe(work)) {
-                let _ = reply.send(value);
-            }
-        }));
+        let (job, result) = job(work);
+        let queued = self.shared.push(job);
         async move {
-            queued?;
-            result.await.map_err(|_| Error::internal("a worker thread failed on this request"))
+            if queued.is_err() {
+                return Err(Error::new(Kind::Overloaded, "server is overloaded: too many requests wait to be parsed"));
+            }
+            result.await
         }
+    }
+
+    /// As [`Pool::run`], for what must not be refused: where the queue is full the caller's own thread does the work.
+    pub fn finish<T, F>(&self, work: F) -> impl Future<Output = Result<T>> + Send + use<T, F>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        let (job, result) = job(work);
+        if let Err(job) = self.shared.push(job) {
+            job();
+        }
+        result
     }
 
     /// Jobs that wait for a thread.
@@ -90,6 +97,25 @@ impl Pool {
     }
 }
 
+/// `work` as a job, and its result.
+fn job<T, F>(work: F) -> (Job, impl Future<Output = Result<T>> + Send + use<T, F>)
+where
+    T: Send + 'static,
+    F: FnOnce() -> T + Send + 'static,
+{
+    let (reply, result) = oneshot::channel();
+    let job = Box::new(move || {
+        if reply.is_closed() {
+            return;
+        }
+        // What `work` had borrowed mutably is its own and is gone after a panic.
+        if let Ok(value) = catch_unwind(AssertUnwindSafe(work)) {
+            let _ = reply.send(value);
+        }
+    });
+    (job, async move { result.await.map_err(|_| Error::internal("a worker thread failed on this request")) })
+}
+
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
@@ -98,11 +124,11 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    fn push(&self, job: Job) -> Result<()> {
+    /// Gives the job back where the queue is full.
+    fn push(&self, job: Job) -> Result<(), Job> {
         let mut queue = self.lock();
         if queue.jobs.len() >= self.max_pending {
-            let message = format!("server is overloaded: more than {} requests wait to be parsed", self.max_pending);
-            return Err(Error::new(Kind::Overloaded, message));
+            return Err(job);
         }
         queue.jobs.push_back(job);
         drop(queue);
@@ -195,12 +221,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_full_queue_refuses() {
+    async fn a_full_queue_refuses_what_may_be_refused() {
         let pool = pool(1, 2);
         let (release, first) = occupy(&pool);
         let one: fn() -> i32 = || 1;
         let waiting = [pool.run(one), pool.run(one)];
         assert_eq!(pool.run(|| ()).await.unwrap_err().kind(), Kind::Overloaded);
+        let here = pool.finish(|| std::thread::current().id()).await.unwrap();
+        assert_eq!(here, std::thread::current().id());
+        assert_eq!(pool.finish(|| -> () { panic!("planted") }).await.unwrap_err().kind(), Kind::Internal);
         drop(release);
         first.await.unwrap();
         for job in waiting {

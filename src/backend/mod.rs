@@ -11,6 +11,7 @@ mod batch;
 pub mod fake;
 pub mod onnx;
 pub mod onnxruntime;
+mod panics;
 mod text;
 #[cfg(feature = "tract")]
 pub mod tract;
@@ -21,7 +22,8 @@ use std::sync::Arc;
 use crate::tensor::{OutputKind, Signature, Tensor};
 
 pub use batch::{Batch, BatchInput};
-pub use text::{first_line, panic_text};
+pub use panics::{panic_text, panics_are_answered};
+pub use text::first_line;
 
 /// A model file in the server's private cache, with what the file says about itself.
 #[derive(Clone, Debug)]

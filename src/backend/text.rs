@@ -1,7 +1,5 @@
 //! What engines say, made fit for one line.
 
-use std::any::Any;
-
 /// The longest message passed on, in characters: an engine's may hold whole tensors.
 pub const LIMIT: usize = 300;
 
@@ -23,12 +21,6 @@ pub fn first_line(text: &str) -> String {
     one_line(text, 1, |_| true)
 }
 
-/// What a caught panic says.
-pub fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -40,13 +32,5 @@ mod tests {
         assert_eq!(first_line(&"é".repeat(LIMIT)), "é".repeat(LIMIT));
         assert_eq!(first_line(&"é".repeat(LIMIT + 1)), "é".repeat(LIMIT - 1) + "…");
         assert_eq!(first_line(""), "");
-    }
-
-    #[test]
-    fn panics_say_what_they_were_given() {
-        let caught = std::panic::catch_unwind(|| panic!("at {}", 7)).unwrap_err();
-        assert_eq!(panic_text(&*caught), "at 7");
-        assert_eq!(panic_text(&"fixed"), "fixed");
-        assert_eq!(panic_text(&7), "no message");
     }
 }

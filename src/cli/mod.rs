@@ -10,10 +10,11 @@ mod validate;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use crate::registry::{self, EngineChoice, EnginesConfig};
+use crate::config;
+use crate::registry;
 
 /// Something was wrong with what was asked: a bad flag, a bad configuration, an unusable registry.
 const EXIT_USAGE: u8 = 2;
@@ -57,31 +58,21 @@ pub fn main() -> ExitCode {
 /// Flags that choose the engine, shared by the commands that load models without a server.
 #[derive(clap::Args)]
 struct EngineArguments {
-    /// `auto`, `onnxruntime` or `tract`
-    #[arg(long, default_value = "auto")]
-    engine: String,
-    /// Path of ONNX Runtime's library; otherwise ORT_DYLIB_PATH, then beside the binary
+    /// `auto`, `onnxruntime` or `tract`; otherwise TIDEGATE_ENGINE [default: auto]
+    #[arg(long, value_name = "NAME")]
+    engine: Option<String>,
+    /// Path of ONNX Runtime's library; otherwise TIDEGATE_ONNXRUNTIME, ORT_DYLIB_PATH, then beside the binary
     #[arg(long, value_name = "FILE")]
-    onnxruntime: Option<PathBuf>,
+    onnxruntime: Option<String>,
 }
 
 impl EngineArguments {
     /// A registry that is loaded once and not watched, and the cores it may plan for.
     fn registry(self, root: PathBuf) -> Result<(registry::Config, usize)> {
         let surroundings = surroundings::read();
-        let choice = EngineChoice::parse(&self.engine)
-            .with_context(|| format!("--engine: found `{}`, expected `auto`, `onnxruntime` or `tract`", self.engine))?;
-        let config = registry::Config {
-            root,
-            temp_dir: surroundings.temp_dir,
-            engines: EnginesConfig {
-                choice,
-                library: self.onnxruntime,
-                library_variable: surroundings.variables.get("ORT_DYLIB_PATH").map(PathBuf::from),
-                exe_dir: surroundings.exe_dir,
-            },
-            ..registry::Config::default()
-        };
+        let flags = config::given([("engine", self.engine), ("onnxruntime", self.onnxruntime)]);
+        let engines = config::engines(flags, &surroundings)?;
+        let config = registry::Config { root, temp_dir: surroundings.temp_dir, engines, ..registry::Config::default() };
         Ok((config, surroundings.cores))
     }
 }

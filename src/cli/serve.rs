@@ -4,11 +4,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
 
 use super::{logging, summary, surroundings};
-use crate::config::{self, Given, LogFormat, SETTINGS, Text};
-use crate::request::Phase;
+use crate::config::{self, Given, LogFormat};
 use crate::server::{self, Hooks, WhenReady};
 
 /// Exit code after a second signal: stopped without draining.
@@ -48,23 +46,16 @@ pub(super) struct Arguments {
 
 impl Arguments {
     fn given(&self) -> Given {
-        let typed = [
-            ("registry", &self.registry),
-            ("host", &self.host),
-            ("http_port", &self.http_port),
-            ("grpc_port", &self.grpc_port),
-            ("metrics_port", &self.metrics_port),
-            ("admin_port", &self.admin_port),
-            ("model_name", &self.model_name),
-            ("log_format", &self.log_format),
-        ];
-        typed
-            .into_iter()
-            .filter_map(|(key, text)| {
-                let setting = SETTINGS.iter().find(|setting| setting.key == key)?;
-                Some((setting, Text { text: text.clone()?, place: setting.flag_name() }))
-            })
-            .collect()
+        config::given([
+            ("registry", self.registry.clone()),
+            ("host", self.host.clone()),
+            ("http_port", self.http_port.clone()),
+            ("grpc_port", self.grpc_port.clone()),
+            ("metrics_port", self.metrics_port.clone()),
+            ("admin_port", self.admin_port.clone()),
+            ("model_name", self.model_name.clone()),
+            ("log_format", self.log_format.clone()),
+        ])
     }
 }
 
@@ -82,8 +73,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     let resolved = config::resolve(arguments.given(), file, &surroundings)?;
     logging::start(resolved.log_format, resolved.log_level);
 
-    let (phase, _) = watch::channel(Phase::Starting);
-    let hooks = Hooks { ready: announce(resolved.log_format), stop: told_to_stop(), phase };
+    let hooks = Hooks { ready: announce(resolved.log_format), stop: told_to_stop(), phase: Box::new(|_| {}) };
     let drained = server::run(resolved.server, hooks)?;
     // A peer that was cut had its time; a job that was abandoned had been accepted.
     Ok(if drained.jobs > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })

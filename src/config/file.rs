@@ -2,7 +2,8 @@
 
 use toml::de::{DeTable, DeValue};
 
-use super::{Given, Problem, SETTINGS, Text, settings};
+use super::{Given, SETTINGS, Text, settings};
+use crate::problem::{Problem, nearest};
 
 /// Reads every known key; unknown ones and values that are no scalar become problems.
 pub(super) fn read(name: &str, content: &str, problems: &mut Vec<Problem>) -> Given {
@@ -35,7 +36,7 @@ impl Walk<'_> {
                 (_, None) => self.problems.push(Problem {
                     place,
                     found: "an unknown key".into(),
-                    expected: match nearest(&key) {
+                    expected: match nearest(&key, SETTINGS.iter().map(|setting| setting.key)) {
                         Some(known) => format!("a known one; perhaps `{known}`"),
                         None => "one of docs/configuration.md".into(),
                     },
@@ -75,17 +76,6 @@ fn place(name: &str, content: &str, offset: usize, key: Option<&str>) -> String 
         Some(key) => format!("{name}:{line}: {key}"),
         None => format!("{name}:{line}"),
     }
-}
-
-/// The known key that shares the longest start or end with this one, if either is worth showing.
-fn nearest(key: &str) -> Option<&'static str> {
-    const ALIKE: usize = 4;
-    let shared = |known: &str| {
-        let start = known.bytes().zip(key.bytes()).take_while(|(a, b)| a == b).count();
-        let end = known.bytes().rev().zip(key.bytes().rev()).take_while(|(a, b)| a == b).count();
-        start.max(end)
-    };
-    SETTINGS.iter().map(|setting| (shared(setting.key), setting.key)).max().filter(|(n, _)| *n >= ALIKE).map(|(_, k)| k)
 }
 
 #[cfg(test)]

@@ -10,8 +10,21 @@ mod settings;
 
 use std::fmt;
 
-pub use resolve::{LogFormat, Resolved, Surroundings, resolve};
+use crate::problem::Problem;
+
+pub use resolve::{LogFormat, Resolved, Surroundings, engines, resolve};
 pub use settings::{SETTINGS, Setting, reference};
+
+/// What was typed, by key, as given by flags.
+pub fn given(typed: impl IntoIterator<Item = (&'static str, Option<String>)>) -> Given {
+    typed
+        .into_iter()
+        .filter_map(|(key, text)| {
+            let setting = settings::find(key)?;
+            Some((setting, Text { text: text?, place: setting.flag_name() }))
+        })
+        .collect()
+}
 
 /// Texts as given, before they mean anything: key, text, and where it stood.
 pub type Given = Vec<(&'static Setting, Text)>;
@@ -21,20 +34,6 @@ pub struct Text {
     pub text: String,
     /// `--http-port`, `TIDEGATE_HTTP_PORT`, `tidegate.toml:3: http_port`.
     pub place: String,
-}
-
-/// One thing wrong with the configuration.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    pub place: String,
-    pub found: String,
-    pub expected: String,
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: found {}, expected {}", self.place, self.found, self.expected)
-    }
 }
 
 /// All things wrong with the configuration; at least one.

@@ -5,9 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Given, Problem, Problems, SETTINGS, Setting, Text, file};
+use super::{Given, Problems, SETTINGS, Setting, Text, file};
+use crate::problem::Problem;
 use crate::protocol::{grpc, rest};
-use crate::registry::{self, EngineChoice};
+use crate::registry::{self, BackendChoice, EnginesConfig};
 use crate::request::BudgetConfig;
 use crate::server;
 use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
@@ -42,12 +43,13 @@ pub struct Surroundings {
 /// `flags` as typed; `file` by name and content.
 pub fn resolve(flags: Given, file: Option<(&str, &str)>, surroundings: &Surroundings) -> Result<Resolved, Problems> {
     let mut problems = Vec::new();
-    let mut layers = file.map(|(name, content)| file::read(name, content, &mut problems)).unwrap_or_default();
-    layers.extend(variables(surroundings));
-    layers.extend(flags);
-    let mut texts = Texts { given: layers.into_iter().map(|(setting, text)| (setting.key, text)).collect(), problems };
-    let resolved = build(&mut texts, surroundings);
-    if texts.problems.is_empty() { Ok(resolved) } else { Err(Problems(texts.problems)) }
+    let file = file.map(|(name, content)| file::read(name, content, &mut problems)).unwrap_or_default();
+    Texts::of(file, flags, surroundings, problems).read(|texts| build(texts, surroundings))
+}
+
+/// The engines alone, for commands that load models without a server.
+pub fn engines(flags: Given, surroundings: &Surroundings) -> Result<EnginesConfig, Problems> {
+    Texts::of(Given::new(), flags, surroundings, Vec::new()).read(|texts| engines_of(texts, surroundings))
 }
 
 /// Names the file, and is read by `cli`.
@@ -80,6 +82,17 @@ struct Texts {
 }
 
 impl Texts {
+    /// The last of the layers to name a setting wins.
+    fn of(file: Given, flags: Given, surroundings: &Surroundings, problems: Vec<Problem>) -> Texts {
+        let layers = file.into_iter().chain(variables(surroundings)).chain(flags);
+        Texts { given: layers.map(|(setting, text)| (setting.key, text)).collect(), problems }
+    }
+
+    fn read<T>(mut self, read: impl FnOnce(&mut Texts) -> T) -> Result<T, Problems> {
+        let value = read(&mut self);
+        if self.problems.is_empty() { Ok(value) } else { Err(Problems(self.problems)) }
+    }
+
     /// The setting's value, or `fallback` beside a recorded problem.
     fn take<T>(&mut self, key: &'static str, fallback: T, form: &str, parse: impl Fn(&str) -> Option<T>) -> T {
         let default = super::settings::find(key).map_or("", |setting: &Setting| setting.default);
@@ -185,7 +198,7 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
                 body_timeout,
                 ..rest::Config::default()
             },
-            grpc_messages: grpc::Config { max_message_bytes: max_body, body_timeout, ..grpc::Config::default() },
+            grpc_messages: grpc::Config { max_message_bytes: max_body, body_timeout },
             registry: registry(texts, surroundings, drain_timeout),
         },
     }
@@ -214,17 +227,23 @@ fn registry(texts: &mut Texts, surroundings: &Surroundings, drain_timeout: Durat
     });
     registry::Config {
         root,
-        model_name: texts.text("model_name"),
+        model_name: texts.take("model_name", String::new(), &registry::model_name_form(), |text| {
+            registry::is_model_name(text).then(|| text.to_string())
+        }),
         cache_dir: texts.path("cache_dir"),
         temp_dir: surroundings.temp_dir.clone(),
         poll_interval: texts.duration("poll_interval"),
         drain_timeout,
-        engines: registry::EnginesConfig {
-            choice: texts.take("engine", EngineChoice::Auto, "`auto`, `onnxruntime` or `tract`", EngineChoice::parse),
-            library: texts.path("onnxruntime"),
-            library_variable: surroundings.variables.get("ORT_DYLIB_PATH").map(PathBuf::from),
-            exe_dir: surroundings.exe_dir.clone(),
-        },
+        engines: engines_of(texts, surroundings),
+    }
+}
+
+fn engines_of(texts: &mut Texts, surroundings: &Surroundings) -> EnginesConfig {
+    EnginesConfig {
+        choice: texts.take("engine", BackendChoice::Auto, "`auto`, `onnxruntime` or `tract`", BackendChoice::parse),
+        library: texts.path("onnxruntime"),
+        library_variable: surroundings.variables.get("ORT_DYLIB_PATH").map(PathBuf::from),
+        exe_dir: surroundings.exe_dir.clone(),
     }
 }
 
@@ -287,6 +306,29 @@ mod tests {
         has("TIDEGATE_LIMITS_BODY: found `64`, expected a size");
         has("--registry: found nothing");
         assert_eq!(texts.len(), 6, "{texts:#?}");
+    }
+
+    #[test]
+    fn a_model_name_is_one_that_can_be_asked_for() {
+        for bad in ["a\nb", "a/b", "", &"x".repeat(1 << 12)] {
+            let problems = with(&[("registry", "m"), ("model_name", bad)], None, &[]).unwrap_err().to_string();
+            assert!(problems.contains("--model-name: found") && problems.contains("expected 1 to"), "{problems}");
+        }
+    }
+
+    #[test]
+    fn commands_without_a_server_take_engines_from_flags_over_variables() {
+        let setting = super::super::settings::find("engine").unwrap();
+        let flag = |text: &str| vec![(setting, Text { text: text.into(), place: "--engine".into() })];
+        let variables =
+            [("TIDEGATE_ENGINE", "tract"), ("TIDEGATE_ONNXRUNTIME", "a/lib.so"), ("TIDEGATE_HTTP_PORT", "x")];
+        let variables = variables.map(|(name, text)| (name.to_string(), text.to_string())).into();
+        let surroundings = Surroundings { variables, ..Surroundings::default() };
+        let found = engines(Given::new(), &surroundings).unwrap();
+        assert_eq!((found.choice, found.library), (BackendChoice::Tract, Some("a/lib.so".into())));
+        assert_eq!(engines(flag("auto"), &surroundings).unwrap().choice, BackendChoice::Auto);
+        let problems = engines(flag("tracked"), &surroundings).unwrap_err().to_string();
+        assert!(problems.contains("--engine: found `tracked`, expected `auto`"), "{problems}");
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl Engine {
     }
 
     /// Takes a place for a request before its body is read. `declared_bytes` is what the client says it will send, 0
-    /// where it does not say; the protocol grows the permit as an undeclared body arrives.
+    /// where it does not say: it must fit now, and is reserved only as it arrives, by the protocol.
     pub fn admit(&self, origin: Origin, declared_bytes: usize) -> Result<Permit> {
         let phase = self.phase();
         let admitted = if phase.admits() {
@@ -106,7 +106,9 @@ struct Reply {
 
 impl Reply {
     fn fill(self, answer: Answer, version: &Version) -> InferResponse {
-        let Answer { outputs, timings, permit } = answer;
+        let Answer { outputs, timings, mut permit } = answer;
+        // The inputs are gone: a slow reader of the answer keeps its place, but no bytes.
+        permit.release_bytes();
         let specs = &version.signature().outputs;
         let names = self.wanted.iter().map(|position| Arc::clone(&specs[*position].name));
         InferResponse {

@@ -201,12 +201,19 @@ pub struct EngineChosen<'a> {
     pub backend: &'a str,
     pub version: &'a str,
     pub reason: &'a str,
+    /// It stands in for one that is there and cannot be used.
+    pub degraded: bool,
 }
 
 impl EngineChosen<'_> {
     pub fn emit(self, monitor: &Monitor) {
         monitor.exporter.gauge(&names::ENGINE_INFO, &[self.backend, self.version]).set(1.0);
-        tracing::info!(backend = self.backend, version = self.version, reason = self.reason, "engine chosen");
+        let EngineChosen { backend, version, reason, degraded } = self;
+        if degraded {
+            tracing::warn!(backend, version, reason, "engine chosen in place of one that cannot be used");
+        } else {
+            tracing::info!(backend, version, reason, "engine chosen");
+        }
     }
 }
 

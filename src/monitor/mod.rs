@@ -376,7 +376,7 @@ mod tests {
         ];
         let version = monitor.version("m\"1".into(), id(2), outputs);
         load(&monitor, &version);
-        EngineChosen { backend: "fake", version: "1.0", reason: "a test" }.emit(&monitor);
+        EngineChosen { backend: "fake", version: "1.0", reason: "a test", degraded: false }.emit(&monitor);
         InFlight { requests: 3, bytes: 400 }.emit(&monitor);
         QueueChanged { version: &version, requests: 2, bytes: 64 }.emit();
         version.fold(&[floats(&[2, 2], vec![0.25, 0.75, 1.0, 0.0]), floats(&[2], vec![1.5, f32::NAN])]);

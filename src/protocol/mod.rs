@@ -3,6 +3,7 @@
 //! A protocol owns its own parsing, limits and texts; everything past that is one call of the engine, the same for
 //! all. Knows nothing of batching, scheduling or inference engines. Each protocol's crates stay in its own folder.
 
+mod common;
 pub mod grpc;
 pub mod rest;
 pub mod status;

@@ -5,14 +5,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::model_config::BackendChoice;
 use crate::backend::Backend;
 use crate::backend::onnxruntime::OnnxRuntime;
 
 /// Where to look for engines. Paths come from the configuration and the environment, read elsewhere.
 #[derive(Clone, Debug, Default)]
 pub struct EnginesConfig {
-    pub choice: EngineChoice,
+    /// What models without a `backend` of their own run on. An engine that is named and not there is an error; with
+    /// tract, onnxruntime's library is not even looked for.
+    pub choice: BackendChoice,
     /// ONNX Runtime's library, as configured.
     pub library: Option<PathBuf>,
     /// The value of `ORT_DYLIB_PATH`.
@@ -21,24 +22,22 @@ pub struct EnginesConfig {
     pub exe_dir: Option<PathBuf>,
 }
 
-/// What models without a `backend` of their own run on.
+/// An engine by name, or the best at hand: for the whole server, or for one model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum EngineChoice {
+pub enum BackendChoice {
     /// onnxruntime where its library is found and loads, else tract.
     #[default]
     Auto,
-    /// An absent library is an error.
     OnnxRuntime,
-    /// The library is not even looked for.
     Tract,
 }
 
-impl EngineChoice {
-    pub fn parse(text: &str) -> Option<EngineChoice> {
+impl BackendChoice {
+    pub fn parse(text: &str) -> Option<BackendChoice> {
         match text {
-            "auto" => Some(EngineChoice::Auto),
-            "onnxruntime" => Some(EngineChoice::OnnxRuntime),
-            "tract" => Some(EngineChoice::Tract),
+            "auto" => Some(BackendChoice::Auto),
+            "onnxruntime" => Some(BackendChoice::OnnxRuntime),
+            "tract" => Some(BackendChoice::Tract),
             _ => None,
         }
     }
@@ -53,6 +52,17 @@ pub struct Engines {
     pub onnxruntime_reason: String,
     /// The same for the operator, with the places looked at.
     pub details: String,
+    /// A library was found, or named, and cannot be used.
+    pub broken: bool,
+}
+
+/// What the log says of the engine that models get.
+pub(super) struct Summary {
+    pub backend: &'static str,
+    pub version: String,
+    pub reason: String,
+    /// Not the one that was meant.
+    pub degraded: bool,
 }
 
 /// An engine for one model, and why this one.
@@ -64,20 +74,25 @@ pub struct Chosen {
 impl Engines {
     /// Looks for ONNX Runtime's library and loads it. The error says what was asked for and is not there.
     pub fn find(config: &EnginesConfig) -> Result<Engines, String> {
-        let mut engines =
-            Engines { onnxruntime: None, tract: tract(), onnxruntime_reason: String::new(), details: String::new() };
-        if config.choice == EngineChoice::Tract {
+        let mut engines = Engines {
+            onnxruntime: None,
+            tract: tract(),
+            onnxruntime_reason: String::new(),
+            details: String::new(),
+            broken: false,
+        };
+        if config.choice == BackendChoice::Tract {
             engines.onnxruntime_reason = "switched off by the configuration".into();
             engines.details = engines.onnxruntime_reason.clone();
         } else {
             engines.find_onnxruntime(config);
         }
         match config.choice {
-            EngineChoice::OnnxRuntime if engines.onnxruntime.is_none() => {
+            BackendChoice::OnnxRuntime if engines.onnxruntime.is_none() => {
                 Err(format!("onnxruntime: {}", engines.details))
             }
-            EngineChoice::Tract if engines.tract.is_none() => Err("tract is not built into this binary".into()),
-            EngineChoice::Auto if engines.onnxruntime.is_none() && engines.tract.is_none() => {
+            BackendChoice::Tract if engines.tract.is_none() => Err("tract is not built into this binary".into()),
+            BackendChoice::Auto if engines.onnxruntime.is_none() && engines.tract.is_none() => {
                 Err(format!("{}; tract is not built into this binary", engines.details))
             }
             _ => Ok(engines),
@@ -102,6 +117,7 @@ impl Engines {
                 self.onnxruntime = Some(runtime);
             }
             Err(error) => {
+                self.broken = true;
                 self.onnxruntime_reason = error.to_string();
                 self.details = format!("{error}, at `{}` (named by {})", found.path.display(), found.by);
             }
@@ -125,15 +141,19 @@ impl Engines {
         }
     }
 
-    /// Each engine at hand with its own version and why it is used or not, for the log.
-    pub(super) fn summary(&self) -> Vec<(&'static str, String, String)> {
-        let mut lines = Vec::new();
-        if let Some(backend) = &self.onnxruntime {
-            lines.push((backend.name(), backend.version(), self.details.clone()));
-        } else if let Some(backend) = &self.tract {
-            lines.push((backend.name(), backend.version(), format!("in onnxruntime's place: {}", self.details)));
+    /// The engine of models that name none, and why it is this one.
+    pub(super) fn summary(&self) -> Option<Summary> {
+        let summary = |backend: &Arc<dyn Backend>, reason| Summary {
+            backend: backend.name(),
+            version: backend.version(),
+            reason,
+            degraded: self.broken,
+        };
+        match (&self.onnxruntime, &self.tract) {
+            (Some(backend), _) => Some(summary(backend, self.details.clone())),
+            (None, Some(backend)) => Some(summary(backend, format!("in onnxruntime's place: {}", self.details))),
+            (None, None) => None,
         }
-        lines
     }
 }
 
@@ -163,7 +183,22 @@ mod tests {
             tract: fake(tract),
             onnxruntime_reason: "no library".into(),
             details: String::new(),
+            broken: false,
         }
+    }
+
+    #[cfg(feature = "tract")]
+    #[test]
+    fn a_library_that_is_broken_is_another_thing_than_one_that_is_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let library = dir.path().join("libonnxruntime.so");
+        std::fs::write(&library, "no library").unwrap();
+        let degraded = |config: EnginesConfig| Engines::find(&config).unwrap().summary().unwrap().degraded;
+        assert!(degraded(EnginesConfig { library: Some(library.clone()), ..EnginesConfig::default() }));
+        assert!(degraded(EnginesConfig { library_variable: Some("absent.so".into()), ..EnginesConfig::default() }));
+        assert!(!degraded(EnginesConfig::default()));
+        let tract = EnginesConfig { choice: BackendChoice::Tract, library: Some(library), ..EnginesConfig::default() };
+        assert!(!degraded(tract));
     }
 
     #[test]

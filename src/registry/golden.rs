@@ -3,9 +3,15 @@
 //! `expected.json`: `{"source": …, "tolerance": {"absolute": a, "relative": r}, "cases": [{"name": …, "inputs": {name:
 //! tensor}, "outputs": {name: tensor}}]}` with tensors as `{"datatype", "shape", "data"}`. Floats agree where
 //! `|got - expected| <= a + r * |expected|`, everything else where it is equal. A warm-up file is a request of the Open
-//! Inference Protocol: `{"inputs": [{"name", "datatype", "shape", "data"}]}`.
+//! Inference Protocol: `{"inputs": [{"name", "datatype", "shape", "data"}]}`, and read as strictly: `data` is flat or
+//! nested as its shape says, numbers are exact or the nearest, BOOL is true or false. Golden cases may say more than
+//! requests: "NaN", "Infinity" and "-Infinity".
 
-use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
 
 use super::probe::Probe;
 use super::selftest::floats;
@@ -13,7 +19,7 @@ use crate::error::quoted;
 use crate::tensor::{DataType, Shape, Signature, Tensor};
 
 /// Longest golden or warm-up file, in bytes.
-pub const MAX_FILE_BYTES: u64 = 256 << 20;
+pub const MAX_FILE_BYTES: u64 = 16 << 20;
 /// Differences listed per version; the rest is counted.
 const MAX_LISTED: usize = 8;
 
@@ -31,19 +37,17 @@ struct Case {
 
 impl Goldens {
     pub fn parse(text: &str) -> Result<Goldens, String> {
-        let root: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
-        let tolerance = |key: &str| {
-            let value = root.get("tolerance").and_then(|tolerance| tolerance.get(key)).and_then(Value::as_f64);
-            value
-                .filter(|x| *x >= 0.0)
-                .ok_or_else(|| format!("`tolerance.{key}` is missing, expected a number from 0 up"))
-        };
-        let cases = root.get("cases").and_then(Value::as_array).ok_or("`cases` is missing, expected a list")?;
-        let cases = cases.iter().enumerate().map(|(i, case)| read_case(i, case)).collect::<Result<Vec<_>, _>>()?;
+        let file: GoldenFile = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        let Tolerance { absolute, relative } = file.tolerance;
+        if absolute < 0.0 || relative < 0.0 {
+            return Err(format!("`tolerance` is {absolute} and {relative}, expected numbers from 0 up"));
+        }
+        let cases = file.cases.into_iter().enumerate().map(|(i, case)| read_case(i, case));
+        let cases = cases.collect::<Result<Vec<_>, _>>()?;
         if cases.is_empty() {
             return Err("`cases` is empty, expected at least one".into());
         }
-        Ok(Goldens { absolute: tolerance("absolute")?, relative: tolerance("relative")?, cases })
+        Ok(Goldens { absolute, relative, cases })
     }
 
     pub fn len(&self) -> usize {
@@ -107,15 +111,54 @@ impl Goldens {
     }
 }
 
+/// A tensor as written; what else a request or a case may carry is stepped over.
+#[derive(Deserialize)]
+struct Written<'a> {
+    name: Option<String>,
+    datatype: String,
+    shape: Vec<i64>,
+    #[serde(borrow)]
+    data: &'a RawValue,
+}
+
+#[derive(Deserialize)]
+struct WarmUpFile<'a> {
+    #[serde(borrow)]
+    inputs: Vec<Written<'a>>,
+}
+
+#[derive(Deserialize)]
+struct GoldenFile<'a> {
+    tolerance: Tolerance,
+    #[serde(borrow)]
+    cases: Vec<WrittenCase<'a>>,
+}
+
+#[derive(Deserialize)]
+struct Tolerance {
+    absolute: f64,
+    relative: f64,
+}
+
+#[derive(Deserialize)]
+struct WrittenCase<'a> {
+    name: Option<String>,
+    #[serde(borrow)]
+    inputs: BTreeMap<String, Written<'a>>,
+    #[serde(borrow)]
+    outputs: BTreeMap<String, Written<'a>>,
+}
+
 /// The inputs of a declared warm-up, in the signature's order.
 pub fn read_warm_up(text: &str, signature: &Signature) -> Result<Vec<Tensor>, String> {
-    let root: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    let inputs = root.get("inputs").and_then(Value::as_array).ok_or("`inputs` is missing, expected a list")?;
-    let named = inputs
-        .iter()
+    let file: WarmUpFile = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let named = file
+        .inputs
+        .into_iter()
         .map(|input| {
-            let name = input.get("name").and_then(Value::as_str).ok_or("an input has no `name`")?;
-            Ok((name.to_string(), read_tensor(input).map_err(|error| format!("input `{}`: {error}", quoted(name)))?))
+            let name = input.name.clone().ok_or("an input has no `name`")?;
+            let tensor = input.read(Floats::Numbers).map_err(|error| format!("input `{}`: {error}", quoted(&name)))?;
+            Ok((name, tensor))
         })
         .collect::<Result<Vec<_>, String>>()?;
     in_order(&named, signature)
@@ -145,95 +188,105 @@ fn in_order(named: &[(String, Tensor)], signature: &Signature) -> Result<Vec<Ten
     signature.inputs.iter().map(find).collect()
 }
 
-fn read_case(index: usize, case: &Value) -> Result<Case, String> {
-    let name = case.get("name").and_then(Value::as_str).map_or_else(|| index.to_string(), quoted);
-    let side = |key: &str| {
-        let tensors =
-            case.get(key).and_then(Value::as_object).ok_or_else(|| format!("case `{name}` has no `{key}`"))?;
-        read_tensors(tensors).map_err(|error| format!("case `{name}`, `{key}`: {error}"))
+fn read_case(index: usize, case: WrittenCase) -> Result<Case, String> {
+    let name = case.name.map_or_else(|| index.to_string(), |name| quoted(&name));
+    let side = |key: &str, tensors: BTreeMap<String, Written>| {
+        let read = |(tensor, written): (String, Written)| match written.read(Floats::NamesToo) {
+            Ok(read) => Ok((tensor, read)),
+            Err(error) => Err(format!("case `{name}`, `{key}`: `{}`: {error}", quoted(&tensor))),
+        };
+        tensors.into_iter().map(read).collect::<Result<Vec<_>, _>>()
     };
-    let outputs = side("outputs")?;
-    if outputs.is_empty() {
+    if case.outputs.is_empty() {
         return Err(format!("case `{name}` expects no outputs, expected at least one"));
     }
-    Ok(Case { inputs: side("inputs")?, outputs, name })
+    Ok(Case { inputs: side("inputs", case.inputs)?, outputs: side("outputs", case.outputs)?, name })
 }
 
-fn read_tensors(tensors: &Map<String, Value>) -> Result<Vec<(String, Tensor)>, String> {
-    tensors
-        .iter()
-        .map(|(name, value)| {
-            let tensor = read_tensor(value).map_err(|error| format!("`{}`: {error}", quoted(name)))?;
-            Ok((name.clone(), tensor))
-        })
-        .collect()
+/// What stands for a float.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Floats {
+    Numbers,
+    /// And the names of the three values that JSON has no number for.
+    NamesToo,
 }
 
-fn read_tensor(value: &Value) -> Result<Tensor, String> {
-    let dtype = value.get("datatype").and_then(Value::as_str).and_then(DataType::parse);
-    let dtype = dtype.ok_or("`datatype` is missing or unknown")?;
-    let dims = value.get("shape").and_then(Value::as_array).ok_or("`shape` is missing, expected a list")?;
-    let dims: Option<Vec<i64>> = dims.iter().map(Value::as_i64).collect();
-    let shape = Shape::from_wire(&dims.ok_or("`shape` is not a list of whole numbers")?).map_err(|e| e.to_string())?;
-    let mut flat = Vec::new();
-    flatten(value.get("data").ok_or("`data` is missing, expected a list")?, &mut flat);
-    build(dtype, shape, &flat)
-}
-
-/// Nested lists as one; recursion is bounded by the JSON parser's own limit.
-fn flatten<'a>(value: &'a Value, flat: &mut Vec<&'a Value>) {
-    match value {
-        Value::Array(values) => values.iter().for_each(|value| flatten(value, flat)),
-        scalar => flat.push(scalar),
+impl Written<'_> {
+    fn read(&self, floats: Floats) -> Result<Tensor, String> {
+        let dtype = DataType::parse(&self.datatype)
+            .ok_or_else(|| format!("`datatype` is `{}`, expected one of the protocol's", quoted(&self.datatype)))?;
+        let shape = Shape::from_wire(&self.shape).map_err(|error| error.to_string())?;
+        let data = elements_of(self.data.get(), &shape)?;
+        build(dtype, shape, &data, floats)
     }
 }
 
-fn build(dtype: DataType, shape: Shape, data: &[&Value]) -> Result<Tensor, String> {
-    fn all<T>(data: &[&Value], read: impl Fn(&Value) -> Option<T>) -> Result<Vec<T>, String> {
-        data.iter()
-            .map(|value| read(value).ok_or_else(|| format!("{} does not fit", quoted(&value.to_string()))))
-            .collect()
-    }
-    fn signed<T: TryFrom<i64>>(value: &Value) -> Option<T> {
-        T::try_from(value.as_i64()?).ok()
-    }
-    fn unsigned<T: TryFrom<u64>>(value: &Value) -> Option<T> {
-        T::try_from(value.as_u64()?).ok()
-    }
-    let tensor = match dtype {
-        DataType::Bool => {
-            let bit = |value: &Value| value.as_bool().map(u8::from).or_else(|| unsigned::<u8>(value));
-            Tensor::new(dtype, shape, all(data, bit)?.into())
+/// The elements' texts. A list of lists must be nested as the shape says, any other must hold all elements.
+fn elements_of<'a>(data: &'a str, shape: &Shape) -> Result<Vec<&'a str>, String> {
+    let flat = [shape.elements()];
+    let nested = data.strip_prefix('[').is_some_and(|rest| rest.trim_start().starts_with('['));
+    let mut level = vec![data];
+    for (depth, extent) in if nested { shape.dims() } else { &flat }.iter().enumerate() {
+        let mut below = Vec::new();
+        for text in level {
+            let items: Vec<&RawValue> = serde_json::from_str(text)
+                .map_err(|_| format!("`data` is not a list at depth {depth}, expected the shape {shape}"))?;
+            if items.len() != *extent {
+                let found = items.len();
+                return Err(format!(
+                    "`data` has {found} items at depth {depth}, expected {extent} by the shape {shape}"
+                ));
+            }
+            below.extend(items.into_iter().map(RawValue::get));
         }
-        DataType::Bytes => Tensor::from_strings(shape, all(data, |value| value.as_str().map(str::to_string))?),
-        DataType::Uint8 => Tensor::from_vec(shape, all(data, unsigned::<u8>)?),
-        DataType::Uint16 => Tensor::from_vec(shape, all(data, unsigned::<u16>)?),
-        DataType::Uint32 => Tensor::from_vec(shape, all(data, unsigned::<u32>)?),
-        DataType::Uint64 => Tensor::from_vec(shape, all(data, unsigned::<u64>)?),
-        DataType::Int8 => Tensor::from_vec(shape, all(data, signed::<i8>)?),
-        DataType::Int16 => Tensor::from_vec(shape, all(data, signed::<i16>)?),
-        DataType::Int32 => Tensor::from_vec(shape, all(data, signed::<i32>)?),
-        DataType::Int64 => Tensor::from_vec(shape, all(data, signed::<i64>)?),
-        DataType::Fp16 => Tensor::from_vec(shape, all(data, |v| float(v).map(half::f16::from_f64))?),
-        DataType::Bf16 => Tensor::from_vec(shape, all(data, |v| float(v).map(half::bf16::from_f64))?),
-        DataType::Fp32 => Tensor::from_vec(shape, all(data, |v| float(v).map(|x| x as f32))?),
-        DataType::Fp64 => Tensor::from_vec(shape, all(data, float)?),
+        level = below;
+    }
+    Ok(level)
+}
+
+fn build(dtype: DataType, shape: Shape, data: &[&str], floats: Floats) -> Result<Tensor, String> {
+    let misfit = |text: &str| format!("{} does not fit, expected {dtype}", quoted(text));
+    fn all<T>(
+        data: &[&str],
+        read: impl Fn(&str) -> Option<T>,
+        misfit: impl Fn(&str) -> String,
+    ) -> Result<Vec<T>, String> {
+        data.iter().map(|text| read(text).ok_or_else(|| misfit(text))).collect()
+    }
+    fn whole<T: FromStr>(text: &str) -> Option<T> {
+        text.parse().ok()
+    }
+    let float = |text: &str| float::<f64>(text, floats);
+    let tensor = match dtype {
+        DataType::Bool => Tensor::new(dtype, shape, all(data, |text| whole(text).map(bool::into), misfit)?.into()),
+        DataType::Bytes => {
+            Tensor::from_strings(shape, all(data, |text| serde_json::from_str::<String>(text).ok(), misfit)?)
+        }
+        DataType::Uint8 => Tensor::from_vec(shape, all(data, whole::<u8>, misfit)?),
+        DataType::Uint16 => Tensor::from_vec(shape, all(data, whole::<u16>, misfit)?),
+        DataType::Uint32 => Tensor::from_vec(shape, all(data, whole::<u32>, misfit)?),
+        DataType::Uint64 => Tensor::from_vec(shape, all(data, whole::<u64>, misfit)?),
+        DataType::Int8 => Tensor::from_vec(shape, all(data, whole::<i8>, misfit)?),
+        DataType::Int16 => Tensor::from_vec(shape, all(data, whole::<i16>, misfit)?),
+        DataType::Int32 => Tensor::from_vec(shape, all(data, whole::<i32>, misfit)?),
+        DataType::Int64 => Tensor::from_vec(shape, all(data, whole::<i64>, misfit)?),
+        DataType::Fp16 => Tensor::from_vec(shape, all(data, |text| float(text).map(half::f16::from_f64), misfit)?),
+        DataType::Bf16 => Tensor::from_vec(shape, all(data, |text| float(text).map(half::bf16::from_f64), misfit)?),
+        DataType::Fp32 => Tensor::from_vec(shape, all(data, |text| self::float::<f32>(text, floats), misfit)?),
+        DataType::Fp64 => Tensor::from_vec(shape, all(data, float, misfit)?),
     };
     tensor.map_err(|error| error.to_string())
 }
 
-/// A number, or one of the three that JSON has no number for.
-fn float(value: &Value) -> Option<f64> {
-    match value {
-        Value::Number(number) => number.as_f64(),
-        Value::String(name) => match name.as_str() {
-            "NaN" => Some(f64::NAN),
-            "Infinity" => Some(f64::INFINITY),
-            "-Infinity" => Some(f64::NEG_INFINITY),
-            _ => None,
-        },
-        _ => None,
+/// The value nearest to a JSON number's text. One that is too large for the type is not taken for infinite.
+fn float<T: FromStr + Copy + Into<f64>>(text: &str, floats: Floats) -> Option<T> {
+    if text.starts_with(['-', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9']) {
+        return text.parse().ok().filter(|value: &T| (*value).into().is_finite());
     }
+    let name = text.strip_prefix('"')?.strip_suffix('"')?;
+    (floats == Floats::NamesToo && matches!(name, "NaN" | "Infinity" | "-Infinity"))
+        .then(|| name.parse().ok())
+        .flatten()
 }
 
 /// The elements' bytes, to find the first that differs.
@@ -281,7 +334,6 @@ mod tests {
     #[test]
     fn agreement_is_within_the_tolerance_and_exact_for_the_rest() {
         assert_eq!(check("[1, -3]", "[2.0001, -6.0005]", r#"["+", "-"]"#), Ok(()));
-        assert_eq!(check("[[1], [-3]]", "[2, -6]", r#"["+", "-"]"#), Ok(()));
         assert_eq!(
             check("[1, -3]", "[2, -6.1]", r#"["+", "+"]"#).unwrap_err(),
             format!(
@@ -298,13 +350,16 @@ mod tests {
     fn malformed_files_say_what_is_wrong() {
         let error = |text: &str| Goldens::parse(text).err().unwrap();
         assert!(error("{").contains("EOF"));
-        assert!(error(r#"{"cases": []}"#).contains("`cases` is empty"));
+        assert!(error(r#"{"cases": []}"#).contains("missing field `tolerance`"));
+        assert!(error(r#"{"tolerance": {"absolute": -1, "relative": 0}, "cases": []}"#).contains("from 0 up"));
+        assert!(error(r#"{"tolerance": {"absolute": 0, "relative": 0}, "cases": []}"#).contains("`cases` is empty"));
         let case = |tensor: &str| {
             let text =
                 r#"{"tolerance": {"absolute": 0, "relative": 0}, "cases": [{"inputs": {"x": T}, "outputs": {}}]}"#;
             error(&text.replace('T', tensor))
         };
-        assert!(case("{}").contains("expects no outputs"));
+        assert!(case(r#"{"datatype": "FP32", "shape": [1], "data": [1]}"#).contains("expects no outputs"));
+        assert!(case("{}").contains("missing field `datatype`"));
         let warm_up = |input: &str| read_warm_up(&format!(r#"{{"inputs": [{input}]}}"#), probe().model().signature());
         assert!(warm_up(r#"{"name": "x", "datatype": "FP32", "shape": [2], "data": [1, 2]}"#).is_ok());
         for (input, part) in [
@@ -312,10 +367,38 @@ mod tests {
             (r#"{"name": "z", "datatype": "FP32", "shape": [1], "data": [1]}"#, "no input `z`"),
             (r#"{"name": "x", "datatype": "INT8", "shape": [1], "data": [200]}"#, "200 does not fit"),
             (r#"{"name": "x", "datatype": "INT8", "shape": [1], "data": [2]}"#, "is INT8 [1], expected FP32 [-1]"),
-            (r#"{"name": "x", "datatype": "FP32", "shape": [2], "data": [1]}"#, "expected 8"),
+            (r#"{"name": "x", "datatype": "FP32", "shape": [2], "data": [1]}"#, "1 items at depth 0, expected 2"),
             (r#"{"name": "x", "datatype": "F32", "shape": [2], "data": [1]}"#, "`datatype`"),
+            (r#"{"name": "x", "datatype": "FP32", "shape": [2], "data": [[1], [2]]}"#, "[1] does not fit"),
+            (
+                r#"{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [[1], [2]]}"#,
+                "2 items at depth 0, expected 1",
+            ),
+            (r#"{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [[1, [2]]]}"#, "[2] does not fit"),
+            (r#"{"name": "x", "datatype": "FP32", "shape": [1], "data": ["NaN"]}"#, "does not fit"),
+            (r#"{"name": "x", "datatype": "FP32", "shape": [1], "data": [1e39]}"#, "1e39 does not fit"),
+            (r#"{"name": "x", "datatype": "BOOL", "shape": [1], "data": [1]}"#, "1 does not fit, expected BOOL"),
         ] {
             assert!(warm_up(input).unwrap_err().contains(part), "{input}: {:?}", warm_up(input));
         }
+    }
+
+    #[test]
+    fn numbers_are_read_as_in_requests() {
+        let read = |dtype: &str, shape: &str, data: &str| {
+            let text = format!(r#"{{"datatype": "{dtype}", "shape": {shape}, "data": {data}}}"#);
+            serde_json::from_str::<Written>(&text).unwrap().read(Floats::Numbers)
+        };
+        // A hair above the middle of two floats: by way of a double it would round down.
+        let halfway = read("FP32", "[1]", "[1.00000005960464477540]").unwrap();
+        assert_eq!(halfway.to_vec::<f32>().unwrap(), [1.000_000_1]);
+        assert_eq!(
+            read("INT64", "[1]", "[9007199254740993]").unwrap().to_vec::<i64>().unwrap(),
+            [9_007_199_254_740_993]
+        );
+        assert_eq!(read("BOOL", "[2]", "[true, false]").unwrap().data()[..], [1, 0]);
+        assert_eq!(read("FP32", "[2, 1]", "[[1], [2]]").unwrap().to_vec::<f32>().unwrap(), [1.0, 2.0]);
+        assert_eq!(read("FP32", "[0, 3]", "[]").unwrap().to_vec::<f32>().unwrap(), [0.0; 0]);
+        assert_eq!(read("FP32", "[]", "[7]").unwrap().to_vec::<f32>().unwrap(), [7.0]);
     }
 }

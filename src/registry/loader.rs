@@ -15,14 +15,15 @@ use super::cache::{Cache, CacheError, Cached};
 use super::engines::{Chosen, Engines};
 use super::golden::{self, Goldens};
 use super::invent::{self, Random, Recipe};
-use super::model_config::{ModelConfig, nearest};
+use super::model_config::ModelConfig;
 use super::probe::Probe;
 use super::selftest::{self, BatchDecision};
-use super::source::{Discovered, GOLDEN_FILE, read_text};
+use super::source::{Discovered, GOLDEN_FILE, MODEL_FILE, read_text};
 use super::version::{Facts, OutputInfo, Version};
 use crate::backend::onnx::Description;
-use crate::backend::{Artifact, LoadError, LoadOptions, Model};
+use crate::backend::{Artifact, Instance, LoadError, LoadOptions, Model};
 use crate::monitor::{Monitor, MonitoredOutput};
+use crate::problem::nearest;
 use crate::scheduler::{self, DEFAULT_PREFERRED_ROWS, Gate, Scheduler, ThreadPlan, Wish};
 use crate::tensor::{Dim, OutputKind, Signature, Tensor, TensorSpec};
 
@@ -53,6 +54,16 @@ pub enum Failure {
     Panicked,
 }
 
+impl Failure {
+    /// Whether the same files may load later.
+    pub fn is_transient(&self) -> bool {
+        matches!(
+            self,
+            Failure::Copy(CacheError::Unreadable { .. } | CacheError::Full { .. } | CacheError::Unwritable { .. })
+        )
+    }
+}
+
 pub struct Loader {
     pub cache: Arc<Cache>,
     pub engines: Engines,
@@ -79,9 +90,28 @@ pub struct Settings {
 /// A version loaded and warm, not yet serving.
 pub struct Loaded {
     pub facts: Facts,
-    pub probe: Probe,
+    /// Golden cases that agreed; `None` where they were not compared.
+    pub goldens: Option<usize>,
+    model: Arc<dyn Model>,
+    instance: Box<dyn Instance>,
     cached: Cached,
     config: Arc<ModelConfig>,
+}
+
+/// What only an engine can make, and may panic over: made in one guarded place.
+struct Made {
+    facts: Facts,
+    goldens: Option<usize>,
+    model: Arc<dyn Model>,
+    instance: Box<dyn Instance>,
+}
+
+/// Whether golden cases are compared where `model.toml` does not ask for it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum CompareGoldens {
+    /// All that are there.
+    IfThere,
+    IfConfigured,
 }
 
 impl Loader {
@@ -92,16 +122,28 @@ impl Loader {
             return Err(Failure::Refused(reason.clone()));
         }
         let settings = Settings::read(found)?;
+        // Before it is copied; the copy is looked at again, since the file may grow meanwhile.
+        if let Ok(metadata) = fs::metadata(&found.model) {
+            Description::check_length(metadata.len())?;
+        }
         let (cached, description) = self.cache.copy(&found.model, describe)?;
         Ok(Staged { cached, settings, description: Arc::new(description), begun })
     }
 
     /// Loads, decides about batching, warms up. `warming` is called when the engine has loaded the model.
-    pub fn load(&self, found: &Discovered, staged: Staged, warming: impl FnOnce()) -> Result<Loaded, Failure> {
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.make(found, &staged, warming)));
+    pub fn load(
+        &self,
+        found: &Discovered,
+        staged: Staged,
+        compare: CompareGoldens,
+        warming: impl FnOnce(),
+    ) -> Result<Loaded, Failure> {
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.make(found, &staged, compare, warming)));
         let Staged { cached, settings, .. } = staged;
         match outcome.unwrap_or(Err(Failure::Panicked)) {
-            Ok((facts, probe)) => Ok(Loaded { facts, probe, cached, config: settings.config }),
+            Ok(Made { facts, goldens, model, instance }) => {
+                Ok(Loaded { facts, goldens, model, instance, cached, config: settings.config })
+            }
             Err(failure) => {
                 self.cache.release(cached);
                 Err(failure)
@@ -110,16 +152,8 @@ impl Loader {
     }
 
     /// Makes the scheduler: from here on the version can answer.
-    pub fn serve(&self, loaded: Loaded, monitor: &Arc<Monitor>) -> Result<Version, Failure> {
-        let Loaded { facts, probe, cached, config } = loaded;
-        let model = Arc::clone(probe.model());
-        let instance = match probe.into_instance() {
-            Ok(instance) => instance,
-            Err(error) => {
-                self.cache.release(cached);
-                return Err(error.into());
-            }
-        };
+    pub fn serve(&self, loaded: Loaded, monitor: &Arc<Monitor>) -> Version {
+        let Loaded { facts, model, instance, cached, config, .. } = loaded;
         let outputs = facts.outputs.iter().map(|output| MonitoredOutput {
             name: Arc::clone(&output.name),
             kind: output.kind,
@@ -129,7 +163,7 @@ impl Loader {
         let name = format!("{}/{}", facts.name, facts.id);
         let config = scheduling(&facts, &config);
         let scheduler = Scheduler::new(name, model, instance, config, Arc::clone(&self.gate), Arc::clone(&monitor));
-        Ok(Version { facts, scheduler, monitor, cached })
+        Version { facts, scheduler, monitor, cached }
     }
 
     pub fn discard_staged(&self, staged: Staged) {
@@ -137,12 +171,18 @@ impl Loader {
     }
 
     pub fn discard(&self, loaded: Loaded) {
-        let Loaded { probe, cached, .. } = loaded;
-        drop(probe);
+        let Loaded { model, instance, cached, .. } = loaded;
+        drop((instance, model));
         self.cache.release(cached);
     }
 
-    fn make(&self, found: &Discovered, staged: &Staged, warming: impl FnOnce()) -> Result<(Facts, Probe), Failure> {
+    fn make(
+        &self,
+        found: &Discovered,
+        staged: &Staged,
+        compare: CompareGoldens,
+        warming: impl FnOnce(),
+    ) -> Result<Made, Failure> {
         let config = &*staged.settings.config;
         let Chosen { backend, reason } =
             self.engines.choose(config.backend).map_err(|reason| Failure::Model(LoadError::Unavailable(reason)))?;
@@ -172,8 +212,13 @@ impl Loader {
         let preferred_rows = max_batch_size.map_or(preferred_rows, |max| preferred_rows.min(max));
         warnings.extend(warm_up(&mut probe, &signature, &batching, preferred_rows));
         declared_warm_ups(found, config, &signature, &mut probe)?;
-        if config.goldens_on_load {
-            check_goldens(found, &mut probe)?.ok_or_else(|| Failure::Golden("is not there".into()))?;
+        let goldens = if config.goldens_on_load || compare == CompareGoldens::IfThere {
+            check_goldens(found, &mut probe)?
+        } else {
+            None
+        };
+        if config.goldens_on_load && goldens.is_none() {
+            return Err(Failure::Golden("is not there".into()));
         }
         let facts = Facts {
             name: Arc::clone(&found.key.model),
@@ -193,7 +238,8 @@ impl Loader {
             load_time: staged.begun.elapsed(),
             warnings,
         };
-        Ok((facts, probe))
+        let model = Arc::clone(probe.model());
+        Ok(Made { facts, goldens, model, instance: probe.into_instance()? })
     }
 }
 
@@ -210,7 +256,7 @@ impl Settings {
 }
 
 fn describe(copy: &Path) -> Result<(Description, std::collections::BTreeSet<String>), Failure> {
-    let unreadable = |error| LoadError::BadModel(format!("the copy of the model cannot be read: {error}"));
+    let unreadable = |error| CacheError::Unreadable { file: MODEL_FILE.into(), error };
     Description::check_length(fs::metadata(copy).map_err(unreadable)?.len())?;
     let bytes = fs::read(copy).map_err(unreadable)?;
     // The file is untrusted: a defect of the reader must not take the loader's thread with it.
@@ -355,7 +401,7 @@ fn declared_warm_ups(
 }
 
 /// Compares with `expected.json` beside the model: the number of cases, `None` where there is no such file.
-pub fn check_goldens(found: &Discovered, probe: &mut Probe) -> Result<Option<usize>, Failure> {
+fn check_goldens(found: &Discovered, probe: &mut Probe) -> Result<Option<usize>, Failure> {
     let folder = found.model.parent().unwrap_or(&found.folder);
     if fs::symlink_metadata(folder.join(GOLDEN_FILE)).is_err() {
         return Ok(None);

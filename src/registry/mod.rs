@@ -38,6 +38,7 @@ use arc_swap::ArcSwap;
 use crate::monitor::{Monitor, events};
 use crate::scheduler::Gate;
 use cache::Cache;
+use engines::Summary;
 use loader::Loader;
 use retire::Retiring;
 use source::Folder;
@@ -45,11 +46,11 @@ use watch::Watch;
 use writer::{Command, Writer};
 
 pub use cache::CacheError;
-pub use engines::{EngineChoice, Engines, EnginesConfig};
+pub use engines::{BackendChoice, Engines, EnginesConfig};
 pub use model_config::REFERENCE as MODEL_TOML_REFERENCE;
 pub use report::{Report, inspect, validate};
 pub use selftest::BatchDecision;
-pub use source::SourceError;
+pub use source::{SourceError, is_model_name, model_name_form};
 pub use table::{Status, Table};
 pub use version::{Facts, OutputInfo, State, Version};
 
@@ -130,8 +131,8 @@ impl Registry {
         monitor: Arc<Monitor>,
     ) -> Result<Arc<Registry>, RegistryError> {
         let engines = Engines::find(&config.engines).map_err(RegistryError::Engine)?;
-        for (backend, version, reason) in engines.summary() {
-            events::EngineChosen { backend, version: &version, reason: &reason }.emit(&monitor);
+        if let Some(Summary { backend, version, reason, degraded }) = engines.summary() {
+            events::EngineChosen { backend, version: &version, reason: &reason, degraded }.emit(&monitor);
         }
         Registry::start_with(config, engines, cores, gate, monitor)
     }

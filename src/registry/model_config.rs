@@ -2,13 +2,14 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::time::Duration;
 
 use toml::{Table, Value};
 
+use super::engines::BackendChoice;
 use crate::backend::Device;
 use crate::error::quoted;
+use crate::problem::{Problem, nearest};
 use crate::request::VersionId;
 use crate::tensor::OutputKind;
 use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
@@ -71,15 +72,6 @@ pub struct ModelConfig {
     pub goldens_on_load: bool,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum BackendChoice {
-    /// onnxruntime where its library was found, else tract.
-    #[default]
-    Auto,
-    OnnxRuntime,
-    Tract,
-}
-
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BatchingConfig {
     /// `None`: batched if the model proves to allow it.
@@ -122,22 +114,7 @@ impl VersionPolicy {
     }
 }
 
-/// One thing wrong with a configuration file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    /// Dotted: `batching.max_delay`.
-    pub key: String,
-    pub found: String,
-    pub expected: String,
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "`{}`: found {}, expected {}", self.key, self.found, self.expected)
-    }
-}
-
-/// Everything wrong with one `model.toml`.
+/// Everything wrong with one `model.toml`. Places are dotted keys: `batching.max_delay`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("model.toml: {}", .0.iter().map(Problem::to_string).collect::<Vec<_>>().join("; "))]
 pub struct ConfigProblems(pub Vec<Problem>);
@@ -156,7 +133,11 @@ impl ModelConfig {
 fn syntax_problem(text: &str, error: &toml::de::Error) -> Problem {
     let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or("");
     let line = before.matches('\n').count() + 1;
-    Problem { key: format!("line {line}"), found: error.message().replace('\n', ", "), expected: "valid TOML".into() }
+    Problem {
+        place: format!("`line {line}`"),
+        found: error.message().replace('\n', ", "),
+        expected: "valid TOML".into(),
+    }
 }
 
 fn read_model(mut top: Section) -> ModelConfig {
@@ -167,12 +148,7 @@ fn read_model(mut top: Section) -> ModelConfig {
     let (max_queue_requests, max_queue_bytes) = limits.unwrap_or_default();
     let config = ModelConfig {
         backend: top
-            .read("backend", "\"auto\", \"onnxruntime\" or \"tract\"", |value| match value.as_str()? {
-                "auto" => Some(BackendChoice::Auto),
-                "onnxruntime" => Some(BackendChoice::OnnxRuntime),
-                "tract" => Some(BackendChoice::Tract),
-                _ => None,
-            })
+            .read("backend", "\"auto\", \"onnxruntime\" or \"tract\"", |value| BackendChoice::parse(value.as_str()?))
             .unwrap_or_default(),
         device: top.read("device", "\"cpu\", \"cuda\" or \"cuda:N\"", read_device).unwrap_or_default(),
         instances: top.count("instances", MAX_INSTANCES),
@@ -331,8 +307,8 @@ impl<'a> Section<'a> {
     }
 
     fn problem(&self, key: &str, found: String, expected: String) {
-        let key = format!("{}{}", self.prefix, quoted(key));
-        self.problems.borrow_mut().push(Problem { key, found, expected });
+        let place = format!("`{}{}`", self.prefix, quoted(key));
+        self.problems.borrow_mut().push(Problem { place, found, expected });
     }
 }
 
@@ -343,33 +319,6 @@ fn shown(value: &Value) -> String {
         Value::String(text) => format!("\"{}\"", quoted(text)),
         other => quoted(&other.to_string()),
     }
-}
-
-/// The known name that a misspelt one most likely means, if any is close.
-pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let close = |candidate: &str| 1 + candidate.chars().count().max(name.chars().count()) / 3;
-    known
-        .into_iter()
-        .map(|candidate| (edit_distance(name, candidate), candidate))
-        .filter(|(distance, candidate)| *distance <= close(candidate))
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, candidate)| candidate)
-}
-
-/// Levenshtein's distance, one row at a time.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().take(256).enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let substitute = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = substitute.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
@@ -471,8 +420,9 @@ mod tests {
             "#,
         )
         .unwrap_err();
-        let problem =
-            |key: &str| problems.iter().find(|p| p.key == key).unwrap_or_else(|| panic!("{key}: {problems:?}"));
+        let problem = |key: &str| {
+            problems.iter().find(|p| p.place == format!("`{key}`")).unwrap_or_else(|| panic!("{key}: {problems:?}"))
+        };
         assert_eq!(problem("backend").found, "\"onnx\"");
         assert_eq!(problem("instnaces").expected, "`instances`, perhaps");
         assert_eq!(problem("threads").found, "0");
@@ -489,7 +439,7 @@ mod tests {
     #[test]
     fn broken_toml_names_its_line() {
         let ConfigProblems(problems) = ModelConfig::parse("threads = 1\nlabels = = 2\nbackend = 1").unwrap_err();
-        assert_eq!(problems[0].key, "line 2");
+        assert_eq!(problems[0].place, "`line 2`");
         assert!(ModelConfig::parse("a = 1\na = 2").is_err());
     }
 

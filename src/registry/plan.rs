@@ -4,9 +4,15 @@
 //! finds one throughout; the highest version first.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use super::model_config::VersionPolicy;
 use crate::request::VersionId;
+
+/// How long after a failure that may pass (a full disk, an unreadable file) the same files are tried again: after the
+/// first and at the most. Each attempt copies the model once more.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LONGEST_RETRY: Duration = Duration::from_secs(300);
 
 /// One version as the registry knows it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,9 +48,20 @@ pub fn next(policy: &VersionPolicy, versions: &BTreeMap<VersionId, Candidate>) -
     }
 }
 
+/// The wait after `failures` earlier ones in a row: doubled each time.
+pub fn back_off(failures: u32) -> Duration {
+    FIRST_RETRY.saturating_mul(2u32.saturating_pow(failures)).min(LONGEST_RETRY)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn retries_slow_down_and_never_stop() {
+        assert_eq!([0, 1, 3].map(back_off), [1, 2, 8].map(Duration::from_secs));
+        assert_eq!([9, 40, u32::MAX].map(back_off), [LONGEST_RETRY; 3]);
+    }
 
     const NEW: Candidate = Candidate { on_disk: true, untried: true, serving: false };
     const SERVING: Candidate = Candidate { on_disk: true, untried: false, serving: true };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::engines::Engines;
-use super::loader::{Failure, Loader, check_goldens};
+use super::loader::{CompareGoldens, Failure, Loader};
 use super::source::{Discovered, Scan};
 use super::version::Facts;
 use super::{Config, RegistryError};
@@ -29,7 +29,7 @@ pub fn inspect(config: &Config, cores: usize) -> Result<Vec<Report>, RegistryErr
     if scan.versions.is_empty() {
         return Err(folder.empty(&scan).into());
     }
-    report(config, cores, scan, false)
+    report(config, cores, scan, CompareGoldens::IfConfigured)
 }
 
 /// Loads and warms every version of a registry and compares each with its golden cases, where it has some.
@@ -39,10 +39,10 @@ pub fn validate(config: &Config, cores: usize) -> Result<Vec<Report>, RegistryEr
     if scan.versions.is_empty() {
         return Err(folder.empty(&scan).into());
     }
-    report(config, cores, scan, true)
+    report(config, cores, scan, CompareGoldens::IfThere)
 }
 
-fn report(config: &Config, cores: usize, scan: Scan, goldens: bool) -> Result<Vec<Report>, RegistryError> {
+fn report(config: &Config, cores: usize, scan: Scan, goldens: CompareGoldens) -> Result<Vec<Report>, RegistryError> {
     let engines = Engines::find(&config.engines).map_err(RegistryError::Engine)?;
     report_with(config, engines, cores, scan, goldens)
 }
@@ -52,7 +52,7 @@ pub(super) fn report_with(
     engines: Engines,
     cores: usize,
     scan: Scan,
-    goldens: bool,
+    goldens: CompareGoldens,
 ) -> Result<Vec<Report>, RegistryError> {
     let cache = Arc::new(config.open_cache()?);
     let loader = Loader { cache: Arc::clone(&cache), engines, cores, gate: Gate::new(cores) };
@@ -61,13 +61,12 @@ pub(super) fn report_with(
     Ok(reports)
 }
 
-fn one(loader: &Loader, found: &Discovered, goldens: bool) -> Report {
+fn one(loader: &Loader, found: &Discovered, goldens: CompareGoldens) -> Report {
     let load = || -> Result<(Facts, Option<usize>), Failure> {
-        let mut loaded = loader.load(found, loader.stage(found)?, || {})?;
-        let compared = if goldens { check_goldens(found, &mut loaded.probe) } else { Ok(None) };
-        let facts = loaded.facts.clone();
+        let loaded = loader.load(found, loader.stage(found)?, goldens, || {})?;
+        let (facts, compared) = (loaded.facts.clone(), loaded.goldens);
         loader.discard(loaded);
-        Ok((facts, compared?))
+        Ok((facts, compared))
     };
     let outcome = load();
     let goldens = outcome.as_ref().ok().and_then(|(_, goldens)| *goldens);

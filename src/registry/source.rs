@@ -64,6 +64,8 @@ struct FileFacts {
     path: PathBuf,
     size: u64,
     modified: (i64, i64),
+    /// Also when permissions did: what could not be read may be readable now.
+    changed: (i64, i64),
     inode: u64,
 }
 
@@ -168,11 +170,11 @@ impl Folder {
         if !folder.is_dir() {
             return;
         }
-        if name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control) {
+        if !is_model_name(&name) {
             scan.notes.push(format!(
-                "`{}` cannot be a model's name, expected at most {MAX_NAME_BYTES} bytes without control characters: \
-                 ignored",
-                quoted(&name)
+                "`{}` cannot be a model's name, expected {}: ignored",
+                quoted(&name),
+                model_name_form()
             ));
             return;
         }
@@ -271,6 +273,16 @@ impl Folder {
     }
 }
 
+/// Whether a model can be called so, and asked for in a URL.
+pub fn is_model_name(name: &str) -> bool {
+    (1..=MAX_NAME_BYTES).contains(&name.len()) && !name.chars().any(|c| c.is_control() || c == '/')
+}
+
+/// What [`is_model_name`] takes, for error messages.
+pub fn model_name_form() -> String {
+    format!("1 to {MAX_NAME_BYTES} bytes without control characters and slashes")
+}
+
 fn first(name: &Arc<str>) -> Key {
     // Version 1 is positive.
     Key { model: Arc::clone(name), version: VersionId::new(1).unwrap_or_else(|| unreachable!()) }
@@ -361,6 +373,7 @@ fn facts(path: &Path, metadata: &Metadata) -> FileFacts {
         path: path.to_path_buf(),
         size: metadata.len(),
         modified: (metadata.mtime(), metadata.mtime_nsec()),
+        changed: (metadata.ctime(), metadata.ctime_nsec()),
         inode: metadata.ino(),
     }
 }
@@ -375,7 +388,7 @@ pub(super) mod tests_support {
 
     /// A version that exists only in a test, told apart by the size of its one file.
     pub fn discovered(model: &str, version: u64, size: u64) -> Discovered {
-        let file = FileFacts { path: MODEL_FILE.into(), size, modified: (0, 0), inode: 0 };
+        let file = FileFacts { path: MODEL_FILE.into(), size, modified: (0, 0), changed: (0, 0), inode: 0 };
         Discovered {
             key: Key { model: model.into(), version: VersionId::new(version).unwrap() },
             model: MODEL_FILE.into(),

@@ -1,19 +1,24 @@
 //! Helpers of this module's tests, and the registry as a whole on the fake engine.
 
 use std::fs;
+use std::future::poll_fn;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use super::loader::CompareGoldens;
 use super::probe::Probe;
 use super::{Config, Engines, Registry, Status, Version, report};
-use crate::backend::RunError;
-use crate::backend::fake::Fake;
+use crate::backend::fake::{self, Fake};
+use crate::backend::{Artifact, Backend, Instance, LoadError, LoadOptions, Model, RunError};
 use crate::error::Kind;
 use crate::monitor::Monitor;
-use crate::request::{Budget, BudgetConfig, ModelRef, Prepared, Priority, VersionId};
+use crate::request::{Budget, BudgetConfig, ModelRef, Permit, Prepared, Priority, VersionId};
 use crate::scheduler::Gate;
-use crate::tensor::{DataType, Dim, Shape, Signature, Tensor, TensorSpec};
+use crate::tensor::{DataType, Dim, OutputKind, Shape, Signature, Tensor, TensorSpec};
 
 /// Names, datatypes and dimensions, -1 for a free one.
 pub fn signature(inputs: &[(&str, DataType, &[i64])], outputs: &[(&str, DataType, &[i64])]) -> Signature {
@@ -78,14 +83,25 @@ impl Setup {
             tract: None,
             onnxruntime_reason: "a fake".into(),
             details: String::new(),
+            broken: false,
         }
     }
 
     fn start(&self) -> Arc<Registry> {
+        self.start_with(self.config(), self.engines())
+    }
+
+    fn start_with(&self, config: Config, engines: Engines) -> Arc<Registry> {
         let monitor = Arc::clone(&self.monitor);
-        let registry = Registry::start_with(self.config(), self.engines(), 2, Gate::new(2), monitor).unwrap();
+        let registry = Registry::start_with(config, engines, 2, Gate::new(2), monitor).unwrap();
         registry.wait_loaded();
         registry
+    }
+
+    /// The folder that this registry keeps its copies in.
+    fn run_folder(&self) -> PathBuf {
+        let entries = fs::read_dir(self.dir.path().join("cache")).unwrap().map(|entry| entry.unwrap().path());
+        entries.into_iter().find(|path| path.is_dir()).unwrap()
     }
 
     fn cached(&self) -> usize {
@@ -111,8 +127,26 @@ fn choose(registry: &Registry, name: &str, version: Option<u64>) -> crate::error
     registry.table().choose(&ModelRef { name: name.into(), version })
 }
 
+/// Looks until it is so.
+fn await_that(registry: &Registry, what: &str, so: impl Fn() -> bool) {
+    let patience = Instant::now() + Duration::from_secs(60);
+    while !so() {
+        assert!(Instant::now() < patience, "{what} never comes: {:?}", index(registry));
+        registry.poll();
+    }
+}
+
 /// One FP32 row of `width` ones through the version's scheduler.
 fn submit(version: &Version, width: usize) -> crate::error::Result<Vec<Tensor>> {
+    let (prepared, permit) = row(width);
+    block_on(version.scheduler().submit(prepared, permit)).map(|answer| answer.outputs)
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
+}
+
+fn row(width: usize) -> (Prepared, Permit) {
     let tensor = Tensor::from_vec(Shape::new([1, width]).unwrap(), vec![1f32; width]).unwrap();
     let prepared = Prepared {
         inputs: vec![tensor],
@@ -122,9 +156,7 @@ fn submit(version: &Version, width: usize) -> crate::error::Result<Vec<Tensor>> 
         deadline: None,
         priority: Priority::default(),
     };
-    let permit = Budget::new(BudgetConfig::default()).admit(0, Instant::now()).unwrap();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    runtime.block_on(version.scheduler().submit(prepared, permit)).map(|answer| answer.outputs)
+    (prepared, Budget::new(BudgetConfig::default()).admit(0, Instant::now()).unwrap())
 }
 
 const SENTINEL: &str = "tests/traps/sentinel/1/model.onnx";
@@ -196,11 +228,7 @@ fn a_version_that_is_added_serves_and_one_that_is_removed_drains() {
     assert_eq!(choose(&registry, "m", Some(2)).err().unwrap().kind(), Kind::NotFound);
     assert!(submit(&chosen, 4).is_ok());
     drop(chosen);
-    let patience = Instant::now() + Duration::from_secs(60);
-    while registry.status().len() > 1 || setup.cached() > 1 {
-        assert!(Instant::now() < patience, "version 2 is never retired");
-        registry.poll();
-    }
+    await_that(&registry, "the end of version 2", || registry.status().len() == 1 && setup.cached() == 1);
     stop(&registry);
 }
 
@@ -312,6 +340,134 @@ fn a_panicking_engine_fails_its_version_only_where_it_must() {
     stop(&registry);
 }
 
+/// An engine that makes one instance and panics when it is asked for another.
+struct OneLife(Fake);
+
+struct OneLifeModel(Arc<dyn Model>, AtomicBool);
+
+impl Backend for OneLife {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn version(&self) -> String {
+        self.0.version()
+    }
+
+    fn load(&self, artifact: &Artifact, options: &LoadOptions) -> Result<Arc<dyn Model>, LoadError> {
+        Ok(Arc::new(OneLifeModel(self.0.load(artifact, options)?, AtomicBool::new(false))))
+    }
+}
+
+impl Model for OneLifeModel {
+    fn signature(&self) -> &Signature {
+        self.0.signature()
+    }
+
+    fn output_kinds(&self) -> &[OutputKind] {
+        self.0.output_kinds()
+    }
+
+    fn instance(&self) -> Result<Box<dyn Instance>, LoadError> {
+        assert!(!self.1.swap(true, Ordering::Relaxed), "on purpose");
+        self.0.instance()
+    }
+
+    fn instances_share_weights(&self) -> bool {
+        true
+    }
+
+    fn warnings(&self) -> &[String] {
+        &[]
+    }
+}
+
+#[test]
+fn an_engine_that_panics_again_after_the_warm_up_fails_its_version_alone() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx").write("m/model.toml", "batching = false");
+    let fragile = OneLife(echo().computing(|_| panic!("on purpose")));
+    let engines = Engines { onnxruntime: Some(Arc::new(fragile)), ..setup.engines() };
+    let registry = setup.start_with(setup.config(), engines);
+    assert_eq!(index(&registry), ["m/1 Failed the engine panicked while it loaded the model"]);
+    setup.copy("tests/traps_bad/corrupt/1/model.onnx", "n/1/model.onnx");
+    settle(&registry);
+    assert!(index(&registry)[1].starts_with("n/1 Failed not an ONNX model"), "the folder is still watched");
+    stop(&registry);
+}
+
+#[test]
+fn a_failure_that_may_pass_is_tried_again_and_others_are_not() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx").write("bad/1/model.onnx", "broken");
+    let registry = setup.start();
+    let run = setup.run_folder();
+    fs::remove_dir_all(&run).unwrap();
+    setup.copy(SENTINEL, "n/1/model.onnx");
+    settle(&registry);
+    assert!(index(&registry)[2].starts_with("n/1 Failed the model cache cannot be written"), "{:?}", index(&registry));
+    fs::create_dir(&run).unwrap();
+    await_that(&registry, "a second attempt", || index(&registry)[2] == "n/1 Ready");
+    assert!(index(&registry)[0].starts_with("bad/1 Failed"));
+    stop(&registry);
+}
+
+#[test]
+fn a_model_file_beyond_protobuf_is_refused_before_it_is_copied() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    let registry = setup.start();
+    // Whatever is copied from now on fails of the copy.
+    fs::remove_dir_all(setup.run_folder()).unwrap();
+    setup.write("n/1/model.onnx", "");
+    fs::File::create(setup.path("n/1/model.onnx")).unwrap().set_len(2 << 30).unwrap();
+    settle(&registry);
+    assert!(index(&registry)[1].contains("2147483648 bytes, expected at most"), "{:?}", index(&registry));
+    stop(&registry);
+}
+
+#[test]
+fn a_run_that_does_not_end_holds_up_no_other_retirement() {
+    let gate = fake::Gate::new();
+    gate.open();
+    let setup = Setup::new(echo().gated(&gate));
+    setup.copy(SENTINEL, "hung/1/model.onnx").copy(LOGITS, "m/1/model.onnx").copy(LOGITS, "n/1/model.onnx");
+    let config = Config { drain_timeout: Duration::from_secs(3600), ..setup.config() };
+    let registry = setup.start_with(config, setup.engines());
+    let version = choose(&registry, "hung", None).unwrap();
+    gate.hold();
+    let (prepared, permit) = row(8);
+    block_on(async {
+        let mut answer = pin!(version.scheduler().submit(prepared, permit));
+        assert!(poll_fn(|context| Poll::Ready(answer.as_mut().poll(context).is_pending())).await);
+        gate.wait_for(1);
+    });
+    drop(version);
+    fs::remove_dir_all(setup.path("hung")).unwrap();
+    settle(&registry);
+    fs::remove_dir_all(setup.path("n")).unwrap();
+    settle(&registry);
+    await_that(&registry, "the end of `n`", || index(&registry) == ["hung/1 Draining", "m/1 Ready"]);
+    gate.open();
+    await_that(&registry, "the end of `hung`", || index(&registry) == ["m/1 Ready"] && setup.cached() == 1);
+    stop(&registry);
+}
+
+#[test]
+fn what_is_in_use_at_the_drain_timeout_leaves_the_index_and_is_cleared_up_after_its_last_user() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx").copy(LOGITS, "m/2/model.onnx");
+    let registry = setup.start_with(Config { drain_timeout: Duration::ZERO, ..setup.config() }, setup.engines());
+    let used = choose(&registry, "m", Some(2)).unwrap();
+    fs::remove_dir_all(setup.path("m/2")).unwrap();
+    settle(&registry);
+    await_that(&registry, "the drain timeout", || index(&registry) == ["m/1 Ready"]);
+    assert_eq!(setup.cached(), 2);
+    drop(used);
+    await_that(&registry, "the end of the files", || setup.cached() == 1);
+    stop(&registry);
+}
+
 #[test]
 fn validation_compares_with_the_goldens_and_serving_does_not_unless_told() {
     let setup = Setup::new(echo());
@@ -320,10 +476,12 @@ fn validation_compares_with_the_goldens_and_serving_does_not_unless_told() {
         .copy("models/digits/1/expected.json", "m/1/expected.json");
     setup.copy(SENTINEL, "plain/1/model.onnx");
     let scan = setup.config().folder().scan().unwrap();
-    let reports = report::report_with(&setup.config(), setup.engines(), 2, scan.clone(), true).unwrap();
+    let reports =
+        report::report_with(&setup.config(), setup.engines(), 2, scan.clone(), CompareGoldens::IfThere).unwrap();
     assert!(reports[0].outcome.as_ref().unwrap_err().starts_with("`expected.json`: case `held-out row 0`: output"));
     assert!(reports[1].outcome.is_ok() && reports[1].goldens.is_none());
-    let unchecked = report::report_with(&setup.config(), setup.engines(), 2, scan, false).unwrap();
+    let unchecked =
+        report::report_with(&setup.config(), setup.engines(), 2, scan, CompareGoldens::IfConfigured).unwrap();
     assert!(unchecked.iter().all(|report| report.outcome.is_ok()));
     assert_eq!(setup.cached(), 0);
     let registry = setup.start();

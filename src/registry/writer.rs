@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender};
 use std::time::{Duration, Instant};
 
 use super::Shared;
-use super::loader::{Failure, Loader, Settings};
+use super::loader::{CompareGoldens, Failure, Loader, Settings};
 use super::model_config::VersionPolicy;
 use super::plan::{self, Candidate, Step};
 use super::retire::Retiring;
@@ -53,12 +53,22 @@ pub struct Slot {
     reason: String,
     /// The files last tried, successfully or not.
     tried: Option<Fingerprint>,
+    /// When they are tried again unasked, after a failure that may pass.
+    retry: Option<Retry>,
     serving: Option<(Arc<Version>, Settings)>,
+}
+
+struct Retry {
+    /// Failures in a row.
+    failures: u32,
+    at: Instant,
+    /// Its time has come; decided once per look, so that a slow failure cannot keep the writer from looking.
+    due: bool,
 }
 
 impl Slot {
     fn new() -> Slot {
-        Slot { state: State::Discovered, reason: String::new(), tried: None, serving: None }
+        Slot { state: State::Discovered, reason: String::new(), tried: None, retry: None, serving: None }
     }
 
     fn enter(&mut self, next: State) {
@@ -95,13 +105,23 @@ impl Writer {
         match self.folder.scan() {
             Ok(scan) => {
                 self.say(scan_notes(&scan));
-                if self.watch.observe(scan) {
+                let changed = self.watch.observe(scan);
+                if self.retries_due(Instant::now()) || changed {
                     self.apply();
                 }
             }
             // Whatever serves goes on serving: a registry that cannot be read is not an empty one.
             Err(error) => self.say([error.to_string()].into()),
         }
+    }
+
+    fn retries_due(&mut self, now: Instant) -> bool {
+        let mut any = false;
+        for retry in self.slots.values_mut().filter_map(|slot| slot.retry.as_mut()) {
+            retry.due |= retry.at <= now;
+            any |= retry.due;
+        }
+        any
     }
 
     pub fn say(&mut self, notes: BTreeSet<String>) {
@@ -167,10 +187,12 @@ impl Writer {
     fn candidates(&self, model: &Arc<str>) -> BTreeMap<VersionId, Candidate> {
         let mut candidates: BTreeMap<VersionId, Candidate> = BTreeMap::new();
         for found in self.versions(model) {
-            let tried = self.slots.get(&found.key).and_then(|slot| slot.tried.as_ref());
+            let slot = self.slots.get(&found.key);
+            let tried = slot.and_then(|slot| slot.tried.as_ref()) == Some(&found.fingerprint);
+            let due = slot.and_then(|slot| slot.retry.as_ref()).is_some_and(|retry| retry.due);
             let candidate = candidates.entry(found.key.version).or_default();
             candidate.on_disk = true;
-            candidate.untried = tried != Some(&found.fingerprint);
+            candidate.untried = !tried || due;
         }
         for (key, slot) in self.slots.iter().filter(|(key, _)| key.model == *model) {
             candidates.entry(key.version).or_default().serving = slot.serving.is_some();
@@ -181,7 +203,7 @@ impl Writer {
     fn load(&mut self, key: &Key) {
         let Some(found) = self.watch.settled().get(key).cloned() else { return };
         let begun = Instant::now();
-        self.begin(key, &found.fingerprint);
+        let failures = self.begin(key, &found.fingerprint);
         let outcome = self.try_load(key, &found);
         // The slot was made by `admit` and is only removed by `retire`.
         let Some(slot) = self.slots.get_mut(key) else { return };
@@ -202,6 +224,10 @@ impl Writer {
             }
             Err(failure) => {
                 let reason = failure.to_string();
+                if failure.is_transient() {
+                    let at = Instant::now() + plan::back_off(failures);
+                    slot.retry = Some(Retry { failures: failures.saturating_add(1), at, due: false });
+                }
                 slot.reason = match &slot.serving {
                     Some(_) => format!("still serving the files before the last change, which failed: {reason}"),
                     None => {
@@ -215,9 +241,13 @@ impl Writer {
         }
     }
 
-    fn begin(&mut self, key: &Key, fingerprint: &Fingerprint) {
+    /// How often these files failed in a row for a reason that may pass.
+    fn begin(&mut self, key: &Key, fingerprint: &Fingerprint) -> u32 {
+        let mut failures = 0;
         if let Some(slot) = self.slots.get_mut(key) {
-            slot.tried = Some(fingerprint.clone());
+            let tried = slot.tried.replace(fingerprint.clone());
+            let retry = slot.retry.take().filter(|_| tried.as_ref() == Some(fingerprint));
+            failures = retry.map_or(0, |retry| retry.failures);
             if slot.serving.is_none() {
                 if slot.state != State::Discovered {
                     slot.enter(State::Discovered);
@@ -227,6 +257,7 @@ impl Writer {
             }
         }
         self.publish();
+        failures
     }
 
     /// The new version, or `None` where the one that serves is the same already.
@@ -242,13 +273,13 @@ impl Writer {
         }
         let settings = staged.settings.clone();
         let (slots, shared, draining) = (&mut self.slots, &self.shared, &self.draining);
-        let loaded = self.loader.load(found, staged, || {
+        let loaded = self.loader.load(found, staged, CompareGoldens::IfConfigured, || {
             if let Some(slot) = slots.get_mut(key).filter(|slot| slot.serving.is_none()) {
                 slot.enter(State::Warming);
                 shared.publish(table(slots, draining));
             }
         })?;
-        Ok(Some((self.loader.serve(loaded, &self.monitor)?, settings)))
+        Ok(Some((self.loader.serve(loaded, &self.monitor), settings)))
     }
 
     fn announce(&self, version: &Version) {

@@ -1,4 +1,7 @@
 //! Admission by count and bytes: a [`Permit`] is taken before a body is read and carried until the answer is written.
+//!
+//! Invariant: bytes are reserved for what has arrived, never for what was announced, so that clients who announce much
+//! and send little take nothing from others.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -33,13 +36,19 @@ impl Budget {
         Arc::new(Budget { config, requests: AtomicUsize::new(0), bytes: AtomicUsize::new(0) })
     }
 
-    /// Takes a place for one request that arrived at `now` and announces `bytes`.
-    pub fn admit(self: &Arc<Self>, bytes: usize, now: Instant) -> Result<Permit> {
+    /// Takes a place for one request that arrived at `now`. Refused where the bytes it announces would not fit now:
+    /// better before they are sent than after.
+    pub fn admit(self: &Arc<Self>, announced: usize, now: Instant) -> Result<Permit> {
+        if self.bytes().checked_add(announced).is_none_or(|sum| sum > self.config.max_bytes) {
+            return Err(self.full());
+        }
         reserve(&self.requests, 1, self.config.max_requests)
             .ok_or_else(|| overloaded(format!("more than {} requests in flight", self.config.max_requests)))?;
-        let mut permit = Permit { budget: Arc::clone(self), bytes: 0, arrived: now };
-        permit.grow(bytes)?;
-        Ok(permit)
+        Ok(Permit { budget: Arc::clone(self), bytes: 0, arrived: now })
+    }
+
+    fn full(&self) -> Error {
+        overloaded(format!("more than {} bytes of request bodies in flight", self.config.max_bytes))
     }
 
     pub fn requests(&self) -> usize {
@@ -60,13 +69,17 @@ pub struct Permit {
 }
 
 impl Permit {
-    /// Reserves more bytes as a body of undeclared length, or a decompressed one, grows.
+    /// Reserves more bytes, as a body arrives or as it grows on decompression and parsing.
     pub fn grow(&mut self, bytes: usize) -> Result<()> {
-        let max = self.budget.config.max_bytes;
-        reserve(&self.budget.bytes, bytes, max)
-            .ok_or_else(|| overloaded(format!("more than {max} bytes of request bodies in flight")))?;
+        let budget = &self.budget;
+        reserve(&budget.bytes, bytes, budget.config.max_bytes).ok_or_else(|| budget.full())?;
         self.bytes += bytes;
         Ok(())
+    }
+
+    /// Gives the bytes back once the request's body and tensors are gone. The place is kept.
+    pub fn release_bytes(&mut self) {
+        self.budget.bytes.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
     }
 
     /// When the request was admitted: deadlines count from here.
@@ -81,8 +94,8 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
+        self.release_bytes();
         self.budget.requests.fetch_sub(1, Ordering::Relaxed);
-        self.budget.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -104,14 +117,31 @@ mod tests {
     fn a_refused_request_leaves_nothing_behind() {
         let budget = Budget::new(BudgetConfig { max_requests: 2, max_bytes: 10 });
         let now = Instant::now();
-        let mut first = budget.admit(6, now).unwrap();
-        assert_eq!(budget.admit(5, now).unwrap_err().kind(), Kind::Overloaded);
+        let mut first = budget.admit(0, now).unwrap();
+        first.grow(6).unwrap();
+        for announced in [5, usize::MAX] {
+            assert_eq!(budget.admit(announced, now).unwrap_err().kind(), Kind::Overloaded);
+        }
         assert_eq!((budget.requests(), budget.bytes()), (1, 6));
         assert!(first.grow(5).is_err() && first.grow(usize::MAX).is_err());
         first.grow(4).unwrap();
         let second = budget.admit(0, now).unwrap();
         assert!(budget.admit(0, now).is_err());
         drop((first, second));
+        assert_eq!((budget.requests(), budget.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn announced_bytes_take_nothing_from_others() {
+        let budget = Budget::new(BudgetConfig { max_requests: 9, max_bytes: 10 });
+        let now = Instant::now();
+        let mut permits: Vec<Permit> = (0..8).map(|_| budget.admit(10, now).unwrap()).collect();
+        assert_eq!(budget.bytes(), 0);
+        permits[0].grow(10).unwrap();
+        assert!(permits[1].grow(1).is_err());
+        permits[0].release_bytes();
+        permits[1].grow(10).unwrap();
+        drop(permits);
         assert_eq!((budget.requests(), budget.bytes()), (0, 0));
     }
 }

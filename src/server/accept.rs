@@ -39,6 +39,9 @@ const MAX_HEAD_BYTES: usize = 16 << 10;
 /// How long a connection may stay silent before HTTP/2 asks whether anybody is there, and how long it waits then.
 const PING_AFTER: Duration = Duration::from_secs(60);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long connections are served on once the drain begins, before hyper closes those that it takes for idle: a request
+/// may lie in a socket unread. No less than a turn of the reactor, in which the sockets report it.
+const LAST_LOOK: Duration = Duration::from_millis(20);
 /// Pause after an accept error such as exhausted file descriptors, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -172,9 +175,15 @@ impl Connection {
         });
         let serving = self.builder.serve_connection(TokioIo::new(stream), service);
         tokio::pin!(serving);
+        let looked_again = async {
+            super::told(&mut self.draining).await;
+            tokio::time::sleep(LAST_LOOK).await;
+        };
         let ended = tokio::select! {
+            // What the same turn of the reactor brought is read first.
+            biased;
             ended = serving.as_mut() => ended,
-            () = super::told(&mut self.draining) => {
+            () = looked_again => {
                 if !heads.decided() {
                     return;
                 }

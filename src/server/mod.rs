@@ -75,13 +75,38 @@ pub struct Addresses {
 /// Called once, with where the server listens.
 pub type WhenReady = Box<dyn FnOnce(&Addresses, &Engine) + Send>;
 
-/// What happens at the edges of a run: told of readiness, asked when to stop.
+/// Called with every phase, in order and none left out, once it shows to those who look but before it takes effect.
+pub type OnPhase = Box<dyn FnMut(Phase) + Send>;
+
+/// What happens at the edges of a run: told of phases and of readiness, asked when to stop.
 pub struct Hooks<Stop> {
     pub ready: WhenReady,
     /// Completes when the process should stop.
     pub stop: Stop,
-    /// Every phase the server passes through, in order.
-    pub phase: watch::Sender<Phase>,
+    pub phase: OnPhase,
+}
+
+/// The phase the server is in, for those who look and for the hook, which misses none.
+struct Phases {
+    current: watch::Sender<Phase>,
+    hook: OnPhase,
+}
+
+impl Phases {
+    fn start(hook: OnPhase) -> Phases {
+        let mut phases = Phases { current: watch::Sender::new(Phase::Starting), hook };
+        phases.enter(Phase::Starting);
+        phases
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.current.send_replace(phase);
+        (self.hook)(phase);
+    }
+
+    fn subscribe(&self) -> watch::Receiver<Phase> {
+        self.current.subscribe()
+    }
 }
 
 /// How a run ended.
@@ -114,12 +139,13 @@ where
     Stop: Future<Output = ()> + Send + 'static,
 {
     let Hooks { ready, stop, phase } = hooks;
+    let mut phase = Phases::start(phase);
     let stopping = watch_stop(stop);
     let monitor = Monitor::new();
     let probe = observe::Probe { monitor: Arc::clone(&monitor), phase: phase.subscribe() };
     let observation = observe::spawn(config.metrics, probe)?;
 
-    phase.send_replace(Phase::Loading);
+    phase.enter(Phase::Loading);
     let gate = Gate::new(config.cores);
     let registry = Registry::start(config.registry.clone(), config.cores, gate, Arc::clone(&monitor))?;
     let mut life = Life { config, registry, monitor, observation, phase, stopping };
@@ -135,7 +161,7 @@ struct Life {
     registry: Arc<Registry>,
     monitor: Arc<Monitor>,
     observation: observe::Observation,
-    phase: watch::Sender<Phase>,
+    phase: Phases,
     stopping: watch::Receiver<bool>,
 }
 
@@ -165,13 +191,13 @@ impl Life {
         let engine = self.engine()?;
         let (plane, addresses) = self.bind(&engine).await?;
         if self.became_ready().await {
-            self.phase.send_replace(Phase::Ready);
+            self.phase.enter(Phase::Ready);
             ready(&addresses, &engine);
             told(&mut self.stopping).await;
         }
-        self.phase.send_replace(Phase::LameDuck);
+        self.phase.enter(Phase::LameDuck);
         tokio::time::sleep(self.config.lame_duck).await;
-        self.phase.send_replace(Phase::Draining);
+        self.phase.enter(Phase::Draining);
         let deadline = self.deadline();
         plane.drain.send_replace(true);
         Ok(Cut { connections: plane.connections.finish(deadline).await, deadline })
@@ -233,16 +259,16 @@ impl Life {
     }
 
     /// Closes the registry; the number of jobs left at the deadline.
-    async fn close(&self, deadline: Instant) -> usize {
-        self.phase.send_replace(Phase::Stopping);
+    async fn close(&mut self, deadline: Instant) -> usize {
+        self.phase.enter(Phase::Stopping);
         let registry = Arc::clone(&self.registry);
         // Joining blocks; if the blocking task itself dies, nothing is known to be left.
         tokio::task::spawn_blocking(move || registry.shutdown(deadline)).await.unwrap_or(0)
     }
 
-    fn stopped(&self, connections: usize, jobs: usize) -> Drained {
+    fn stopped(&mut self, connections: usize, jobs: usize) -> Drained {
         events::Stopped { connections_cut: connections, jobs_abandoned: jobs }.emit();
-        self.phase.send_replace(Phase::Stopped);
+        self.phase.enter(Phase::Stopped);
         Drained { connections, jobs }
     }
 }

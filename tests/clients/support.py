@@ -36,13 +36,16 @@ CALL_SECONDS = 60
 KEPT_LINES = 200
 
 
+def environment():
+    """Nothing configured but the engine, where the tests are for one."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
+    return env | ({"TIDEGATE_ENGINE": ENGINE} if ENGINE else {})
+
+
 class Server:
     """One `tidegate serve` on ports of its own choosing, read from its log line `ready`."""
 
     def __init__(self, registry):
-        env = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
-        if ENGINE:
-            env["TIDEGATE_ENGINE"] = ENGINE
         command = [BINARY, "serve", "--registry", registry, "--host", "127.0.0.1", "--log-format", "json"]
         for port in ("http", "grpc", "metrics", "admin"):
             command += [f"--{port}-port", "0"]
@@ -51,7 +54,7 @@ class Server:
         self.told = threading.Event()
         self.process = subprocess.Popen(
             [str(part) for part in command],
-            env=env,
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,12 +1,16 @@
 //! Start, change under load, stop: in order, and nothing accepted is lost.
 
+use std::io::{BufReader, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread;
 
 use serde_json::json;
 use tidegate::request::Phase;
+use tidegate::server::Addresses;
 
-use crate::support::{Models, PATIENCE, Reply, TestServer};
+use crate::support::{Models, PATIENCE, Reply, TestServer, exchange};
 
 fn tumor() -> serde_json::Value {
     json!({"inputs": [{"name": "features", "shape": [1, 30], "datatype": "FP32", "data": vec![1.0; 30]}]})
@@ -23,25 +27,20 @@ fn version(reply: &Reply) -> String {
 #[test]
 fn phases_come_in_order() {
     let models = Models::new().with("tumor");
-    let mut server = TestServer::of(models.path()).start();
-    assert_eq!(server.phase(), Phase::Ready);
-    let mut phases = server.phases();
-    let watcher = thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(async move {
-            let mut seen = vec![*phases.borrow_and_update()];
-            while *seen.last().unwrap() != Phase::Stopped && phases.changed().await.is_ok() {
-                seen.push(*phases.borrow_and_update());
-            }
-            seen
-        })
-    });
-    server.tell_to_stop();
-    let seen = watcher.join().unwrap();
-    // A watcher may miss a phase that passes quickly, never see two out of order.
-    assert!(seen.is_sorted() && seen.last() == Some(&Phase::Stopped), "{seen:?}");
+    let (entered, phases) = mpsc::channel();
+    let server = TestServer::of(models.path()).on_phase(move |phase| entered.send(phase).unwrap()).start();
     let drained = server.stop();
     assert_eq!((drained.connections, drained.jobs), (0, 0));
+    let expected = [
+        Phase::Starting,
+        Phase::Loading,
+        Phase::Ready,
+        Phase::LameDuck,
+        Phase::Draining,
+        Phase::Stopping,
+        Phase::Stopped,
+    ];
+    assert_eq!(phases.into_iter().collect::<Vec<_>>(), expected);
 }
 
 #[test]
@@ -114,52 +113,117 @@ fn a_half_copied_or_bad_version_never_disturbs_the_others() {
     server.eventually("the mended version answers", |s| version(&s.infer("tumor", &tumor())) == "2");
 }
 
+/// A keep-alive connection that asks `tumor`, first once as it opens: then the server has accepted it.
+struct Caller {
+    stream: BufReader<TcpStream>,
+    request: Vec<u8>,
+}
+
+impl Caller {
+    fn new(address: SocketAddr) -> Caller {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let body = tumor().to_string();
+        let head = format!("POST /v2/models/tumor/infer HTTP/1.1\r\nHost: t\r\nContent-Length: {}\r\n\r\n", body.len());
+        let mut caller = Caller { stream: BufReader::new(stream), request: format!("{head}{body}").into_bytes() };
+        caller.send().unwrap();
+        assert!(caller.is_answered(), "nobody is stopping the server yet");
+        caller
+    }
+
+    fn send(&mut self) -> std::io::Result<()> {
+        self.stream.get_mut().write_all(&self.request)
+    }
+
+    /// Whether a whole answer comes, which must be the right one.
+    fn is_answered(&mut self) -> bool {
+        let Ok(Some(reply)) = Reply::read(&mut self.stream) else { return false };
+        assert_eq!((reply.status, version(&reply).as_str()), (200, "1"), "{}", reply.text());
+        true
+    }
+}
+
 #[test]
 fn stopping_under_load_loses_nothing_that_was_accepted() {
     let models = Models::new().with("tumor");
-    let mut server = TestServer::of(models.path()).set("lame_duck", "200ms").start();
-    let address = server.addresses.http;
-    let (started, finished) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    thread::scope(|scope| {
-        for _ in 0..8 {
-            scope.spawn(|| {
-                let agent: ureq::Agent = ureq::Agent::config_builder()
-                    .http_status_as_error(false)
-                    .timeout_global(Some(PATIENCE))
-                    .build()
-                    .into();
-                loop {
-                    let sent = agent.post(format!("http://{address}/v2/models/tumor/infer")).send(tumor().to_string());
-                    match sent {
-                        Ok(mut response) => {
-                            started.fetch_add(1, Ordering::Relaxed);
-                            assert_eq!(response.status(), 200);
-                            assert!(response.body_mut().read_to_vec().unwrap().starts_with(b"{"));
-                            finished.fetch_add(1, Ordering::Relaxed);
-                        }
-                        // Refused or closed between requests: it was never accepted.
-                        Err(ureq::Error::Io(_) | ureq::Error::ConnectionFailed) => break,
-                        Err(error) => panic!("an accepted request was lost: {error}"),
-                    }
-                }
-            });
+    let draining = Arc::new(AtomicBool::new(false));
+    let is_draining = Arc::clone(&draining);
+    let on_phase = move |phase| {
+        if phase == Phase::Draining {
+            is_draining.store(true, Ordering::SeqCst);
         }
-        server.eventually("there is load", |_| finished.load(Ordering::Relaxed) > 50);
+    };
+    let mut server = TestServer::of(models.path()).set("lame_duck", "100ms").on_phase(on_phase).start();
+    let address = server.addresses.http;
+    let answered = AtomicUsize::new(0);
+    let lost: usize = thread::scope(|scope| {
+        let callers: Vec<_> = (0..8)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut caller = Caller::new(address);
+                    loop {
+                        let sent = caller.send().is_ok();
+                        // All of it was in the socket of an accepted connection before the drain began.
+                        let accepted = !draining.load(Ordering::SeqCst);
+                        if !sent || !caller.is_answered() {
+                            return usize::from(accepted);
+                        }
+                        answered.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            })
+            .collect();
+        server.eventually("there is load", |_| answered.load(Ordering::Relaxed) > 50);
         server.tell_to_stop();
+        callers.into_iter().map(|caller| caller.join().unwrap()).sum()
     });
     let drained = server.stop();
     assert_eq!((drained.connections, drained.jobs), (0, 0));
-    assert_eq!(started.into_inner(), finished.into_inner());
+    assert_eq!(lost, 0, "requests that were accepted, of {}", answered.into_inner());
+}
+
+#[test]
+fn requests_that_lie_unread_when_the_drain_begins_are_answered() {
+    let models = Models::new().with("tumor");
+    let callers = Arc::new(Mutex::new(Vec::<Caller>::new()));
+    let theirs = Arc::clone(&callers);
+    let on_phase = move |phase| {
+        if phase == Phase::Draining {
+            theirs.lock().unwrap().iter_mut().for_each(|caller| caller.send().unwrap());
+        }
+    };
+    let server = TestServer::of(models.path()).on_phase(on_phase).start();
+    callers.lock().unwrap().extend((0..32).map(|_| Caller::new(server.addresses.http)));
+    let drained = server.stop();
+    assert_eq!((drained.connections, drained.jobs), (0, 0));
+    let lost = callers.lock().unwrap().iter_mut().filter_map(|caller| (!caller.is_answered()).then_some(())).count();
+    assert_eq!(lost, 0, "of 32");
 }
 
 #[test]
 fn readiness_follows_the_phase() {
     let models = Models::new().with("tumor");
-    let server = TestServer::of(models.path()).start();
+    let addresses = Arc::new(OnceLock::<Addresses>::new());
+    let (seen, probes) = mpsc::channel();
+    let at = Arc::clone(&addresses);
+    // The hook holds the phase up while it asks.
+    let on_phase = move |phase| {
+        if let (Some(at), Phase::LameDuck | Phase::Draining) = (at.get(), phase) {
+            let probe = |address, path| exchange(address, "GET", path, &[], b"").status;
+            let planes = [(at.metrics, "/livez"), (at.metrics, "/readyz")];
+            let data = [(at.http, "/v2/health/live"), (at.http, "/v2/health/ready"), (at.http, "/v2/models/tumor")];
+            seen.send(planes.into_iter().chain(data).map(|(address, path)| probe(address, path)).collect()).unwrap();
+        }
+    };
+    let server = TestServer::of(models.path()).on_phase(on_phase).start();
+    addresses.set(server.addresses).unwrap();
     assert_eq!(server.get("/v2/health/live").json(), json!({"live": true}));
     assert_eq!(server.get("/v2/health/ready").json(), json!({"ready": true}));
-    let probe = |path| crate::support::exchange(server.addresses.metrics, "GET", path, &[], b"").status;
+    let probe = |path| exchange(server.addresses.metrics, "GET", path, &[], b"").status;
     assert_eq!((probe("/livez"), probe("/readyz")), (200, 200));
+    server.stop();
+    let probes: Vec<Vec<u16>> = probes.into_iter().collect();
+    assert_eq!(probes, vec![vec![200, 503, 200, 503, 200]; 2], "alive and serving, but not ready");
 }
 
 #[test]

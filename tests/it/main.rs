@@ -2,12 +2,16 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::print_stderr, reason = "tests")]
 
+mod admission;
 mod batching;
+mod cli;
 mod deadlines;
 mod edges;
+mod faults;
 mod goldens;
 mod lifecycle;
 mod references;
+mod soak;
 mod support;
 mod tidy;
 mod traps;

@@ -1,8 +1,8 @@
 //! The one builder of servers for every integration test, and the small HTTP client and metrics reader they share.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io::{BufRead, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -11,8 +11,8 @@ use std::time::Duration;
 use serde_json::Value;
 use tidegate::config::{self, SETTINGS, Surroundings, Text};
 use tidegate::request::Phase;
-use tidegate::server::{self, Addresses, Drained, Hooks, ServerError};
-use tokio::sync::{oneshot, watch};
+use tidegate::server::{self, Addresses, Drained, Hooks, OnPhase, ServerError};
+use tokio::sync::oneshot;
 
 /// How long a test waits for something that must happen: long enough for a busy machine, an end for a broken one.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -108,13 +108,13 @@ fn copy_tree(from: &Path, to: &Path) {
 
 pub struct Builder {
     settings: Vec<(&'static str, String)>,
+    exe_dir: PathBuf,
+    on_phase: OnPhase,
 }
 
 /// A server in this process on free ports, stopped and joined when dropped.
 pub struct TestServer {
     pub addresses: Addresses,
-    /// Every phase seen so far.
-    phases: watch::Receiver<Phase>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<Result<Drained, ServerError>>>,
 }
@@ -130,15 +130,7 @@ impl TestServer {
         if without_onnxruntime() {
             settings.push(("engine", "tract".into()));
         }
-        Builder { settings }
-    }
-
-    pub fn phase(&self) -> Phase {
-        *self.phases.borrow()
-    }
-
-    pub fn phases(&self) -> watch::Receiver<Phase> {
-        self.phases.clone()
+        Builder { settings, exe_dir: build_dir(), on_phase: Box::new(|_| {}) }
     }
 
     /// Tells the server to stop, without waiting.
@@ -171,15 +163,23 @@ impl TestServer {
         self.post(&format!("/v2/models/{model}/infer"), request.to_string())
     }
 
-    /// Sends bytes as they are and reads until the server closes or says nothing more for `quiet`.
-    pub fn raw(&self, bytes: &[u8], quiet: Duration) -> Vec<u8> {
-        let mut stream = TcpStream::connect(self.addresses.http).unwrap();
-        stream.set_read_timeout(Some(quiet)).unwrap();
-        // The server may close before it has read all of a bad request.
-        let _ = stream.write_all(bytes);
+    /// Sends bytes as they are and reads all that comes back until the server closes the connection, which is an error
+    /// if it takes longer than [`PATIENCE`]. The server may close before it has read everything.
+    pub fn raw(&self, bytes: &[u8]) -> std::io::Result<Vec<u8>> {
+        let stream = TcpStream::connect(self.addresses.http)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
-        answer
+        // Read while writing: with answers to many requests unread, the server would stop reading more of them.
+        let read = std::thread::scope(|scope| {
+            scope.spawn(|| (&stream).write_all(bytes));
+            let read = (&stream).read_to_end(&mut answer);
+            let _ = stream.shutdown(Shutdown::Both);
+            read
+        });
+        match read {
+            Err(error) if error.kind() != ErrorKind::ConnectionReset => Err(error),
+            _ => Ok(answer),
+        }
     }
 
     pub fn metrics(&self) -> Metrics {
@@ -218,6 +218,18 @@ impl Builder {
         self
     }
 
+    /// Where the server's binary is taken to lie; ONNX Runtime's library is looked for beside it.
+    pub fn exe_dir(mut self, dir: &Path) -> Self {
+        self.exe_dir = dir.into();
+        self
+    }
+
+    /// Called on a thread of the server with every phase, from the first on, before the phase takes effect.
+    pub fn on_phase(mut self, hook: impl FnMut(Phase) + Send + 'static) -> Self {
+        self.on_phase = Box::new(hook);
+        self
+    }
+
     pub fn start(self) -> TestServer {
         self.try_start().unwrap_or_else(|error| panic!("the server does not start: {error}"))
     }
@@ -233,12 +245,11 @@ impl Builder {
             .collect();
         let surroundings = Surroundings {
             cores: 2,
-            exe_dir: Some(build_dir()),
+            exe_dir: Some(self.exe_dir),
             temp_dir: std::env::temp_dir(),
             ..Surroundings::default()
         };
         let config = config::resolve(given, None, &surroundings).map_err(|problems| problems.to_string())?.server;
-        let (phase, phases) = watch::channel(Phase::Starting);
         let (stop, told) = oneshot::channel::<()>();
         let (ready, when_ready) = mpsc::channel();
         let hooks = Hooks {
@@ -250,11 +261,11 @@ impl Builder {
                     let _ = told.await;
                 }
             },
-            phase,
+            phase: self.on_phase,
         };
         let thread = std::thread::spawn(move || server::run(config, hooks));
         match when_ready.recv_timeout(PATIENCE) {
-            Ok(addresses) => Ok(TestServer { addresses, phases, stop: Some(stop), thread: Some(thread) }),
+            Ok(addresses) => Ok(TestServer { addresses, stop: Some(stop), thread: Some(thread) }),
             Err(_) => Err(match thread.join().expect("the server does not panic") {
                 Ok(_) => "it stopped before it was ready".into(),
                 Err(error) => error.to_string(),
@@ -272,6 +283,28 @@ pub struct Reply {
 }
 
 impl Reply {
+    /// The next response on an HTTP/1 connection; `None` at its end.
+    pub fn read(stream: &mut impl BufRead) -> std::io::Result<Option<Reply>> {
+        let mut line = String::new();
+        if stream.read_line(&mut line)? == 0 {
+            return Ok(None);
+        }
+        let status = line.strip_prefix("HTTP/1.").and_then(|line| line.split(' ').nth(1)).and_then(|s| s.parse().ok());
+        let mut reply = Reply { status: status.ok_or(ErrorKind::InvalidData)?, headers: Vec::new(), body: Vec::new() };
+        loop {
+            line.clear();
+            if stream.read_line(&mut line)? == 0 {
+                return Err(ErrorKind::UnexpectedEof.into());
+            }
+            let Some((name, value)) = line.trim_end().split_once(':') else { break };
+            reply.headers.push((name.to_string(), value.trim().to_string()));
+        }
+        let length = reply.header("content-length").map_or(Ok(0), str::parse).map_err(|_| ErrorKind::InvalidData)?;
+        reply.body.resize(length, 0);
+        stream.read_exact(&mut reply.body)?;
+        Ok(Some(reply))
+    }
+
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
@@ -338,5 +371,10 @@ impl Metrics {
             .filter(|(series, _)| labels.iter().all(|label| series.contains(label)))
             .map(|(_, value)| value)
             .sum()
+    }
+
+    /// How many series have all of `parts` in their name or labels.
+    pub fn count(&self, parts: &[&str]) -> usize {
+        self.0.keys().filter(|series| parts.iter().all(|part| series.contains(part))).count()
     }
 }

@@ -8,23 +8,24 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("units", &[]),
+    ("problem", &[]),
     ("pool", &["error"]),
     ("tensor", &["error"]),
     ("request", &["tensor", "error"]),
     ("monitor", &["request", "tensor", "error"]),
     ("backend", &["tensor", "error"]),
     ("scheduler", &["backend", "monitor", "request", "tensor", "error"]),
-    ("registry", &["scheduler", "backend", "monitor", "request", "tensor", "error", "units"]),
+    ("registry", &["scheduler", "backend", "monitor", "request", "tensor", "error", "units", "problem"]),
     ("engine", &["registry", "scheduler", "monitor", "request", "tensor", "pool", "error"]),
     ("protocol", &["engine", "request", "tensor", "pool", "error"]),
     ("server", &["protocol", "engine", "registry", "scheduler", "monitor", "request", "pool", "error"]),
-    ("config", &["protocol", "registry", "request", "server", "units"]),
+    ("config", &["protocol", "registry", "request", "server", "units", "problem"]),
     ("cli", &["*"]),
     ("lib", &["*"]),
     ("main", &["*"]),
 ];
 
-/// External crate → the files or folders under src/ that may name it. Crates not listed may be named anywhere.
+/// Dependency → the files or folders under src/ that may name it. Every dependency stands here or in [`ANYWHERE`].
 const CRATES: &[(&str, &[&str])] = &[
     ("ort", &["backend/onnxruntime"]),
     ("libloading", &["backend/onnxruntime"]),
@@ -47,10 +48,22 @@ const CRATES: &[(&str, &[&str])] = &[
     ("sha2", &["registry"]),
     ("flate2", &["protocol/rest"]),
     ("tokio", &["server", "engine", "scheduler", "protocol", "pool", "cli"]),
+    ("tower", &["protocol/grpc", "server"]),
+    ("tracing_subscriber", &["cli"]),
+    ("uuid", &["engine", "registry"]),
+    ("http", &["protocol"]),
+    ("http_body", &["protocol"]),
+    ("http_body_util", &["protocol"]),
+    ("bytes", &["tensor", "backend", "protocol"]),
+    ("half", &["tensor", "backend", "registry", "protocol"]),
+    ("bytemuck", &["tensor", "backend/onnxruntime"]),
 ];
 
+/// Dependencies that every module may name.
+const ANYWHERE: &[&str] = &["thiserror", "tracing"];
+
 /// Files that may only use the standard library besides their own module.
-const STD_ONLY: &[&str] = &["scheduler/batcher.rs", "units.rs"];
+const STD_ONLY: &[&str] = &["scheduler/batcher.rs", "units.rs", "problem.rs"];
 
 /// Text → the files or folders under src/ where it may stand outside tests.
 const CONFINED: &[(&str, &[&str])] = &[
@@ -130,40 +143,68 @@ fn code_lines(text: &str) -> Vec<(usize, String)> {
     lines
 }
 
-/// `name::` as a whole path segment at the start of a path.
-fn names_crate(line: &str, name: &str) -> bool {
-    let needle = format!("{name}::");
-    line.match_indices(&needle).any(|(at, _)| {
-        let before = line[..at].chars().next_back();
-        !before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == ':')
-    })
+/// Every path in the code (`a::b`) with the number of its line; `use` trees, over however many lines, by their leaves.
+fn paths(lines: &[(usize, String)]) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    let mut lines = lines.iter();
+    while let Some((number, line)) = lines.next() {
+        let Some(tree) = use_tree(line) else {
+            let words = line.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':'));
+            found.extend(words.filter(|word| word.contains("::")).map(|path| (*number, path.to_string())));
+            continue;
+        };
+        let mut tree = tree.to_string();
+        while !tree.contains(';') {
+            let Some((_, more)) = lines.next() else { break };
+            tree.push_str(more);
+        }
+        found.extend(leaves(tree.trim_end_matches(';')).into_iter().map(|path| (*number, path)));
+    }
+    found
 }
 
-/// Module names after `crate::` on a line, `crate::{a, b::c}` included.
-fn imported(line: &str) -> Vec<String> {
-    let ident = |text: &str| text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
-    let mut found = Vec::new();
-    for (at, needle) in line.match_indices("crate::") {
-        let rest = &line[at + needle.len()..];
-        match rest.strip_prefix('{') {
-            None => found.push(ident(rest)),
-            Some(group) => {
-                let mut depth = 0;
-                for part in group.split_inclusive([',', '{', '}']) {
-                    if depth == 0 {
-                        found.push(ident(part.trim_start()));
-                    }
-                    match part.chars().next_back() {
-                        Some('{') => depth += 1,
-                        Some('}') => depth -= 1,
-                        _ => {}
-                    }
-                }
-            }
-        }
-    }
-    found.retain(|name| !name.is_empty() && name.chars().next().is_some_and(char::is_lowercase));
-    found
+/// What follows `use` on a line that begins a `use` statement.
+fn use_tree(line: &str) -> Option<&str> {
+    let line = line.trim_start();
+    let line = match line.strip_prefix("pub") {
+        Some(scope) if scope.starts_with('(') => scope.split_once(')')?.1,
+        Some(rest) => rest,
+        None => line,
+    };
+    line.trim_start().strip_prefix("use ")
+}
+
+/// `a::{b, c::{d as e}}` → `a::b`, `a::c::d`.
+fn leaves(tree: &str) -> Vec<String> {
+    let tree = tree.trim();
+    let Some((stem, group)) = tree.split_once('{') else {
+        return vec![tree.split_whitespace().next().unwrap_or_default().to_string()];
+    };
+    let mut depth = 0;
+    let parts = group.strip_suffix('}').unwrap_or(group).split(|c| {
+        depth += i32::from(c == '{') - i32::from(c == '}');
+        c == ',' && depth == 0
+    });
+    parts.filter(|part| !part.trim().is_empty()).flat_map(leaves).map(|leaf| format!("{stem}{leaf}")).collect()
+}
+
+/// The top-level module to which a path leads by `crate` or `super` from the file at `place`; `*` for the crate itself.
+fn module_reached(place: &str, path: &str) -> Option<String> {
+    let depth = place.trim_end_matches(".rs").split('/').filter(|part| !["mod", "lib", "main"].contains(part)).count();
+    let segments: Vec<&str> = path.split("::").skip_while(|segment| *segment == "self").collect();
+    let supers = segments.iter().take_while(|segment| **segment == "super").count();
+    let steps = match segments.first() {
+        Some(&"crate") => 1,
+        _ if supers > 0 && supers >= depth => supers,
+        _ => return None,
+    };
+    let name = segments.get(steps).filter(|name| **name != "self").unwrap_or(&"*");
+    Some(name.to_string())
+}
+
+/// Whether a path begins in that dependency.
+fn names_crate(path: &str, name: &str) -> bool {
+    path.trim_start_matches("::").split("::").next() == Some(name)
 }
 
 fn report(breaches: Vec<String>) {
@@ -177,11 +218,10 @@ fn modules_import_only_from_the_layers_below() {
     for source in sources() {
         let module = source.module();
         let allowed = layers.get(module).unwrap_or_else(|| panic!("module `{module}` is in no layer"));
-        for (number, line) in &source.lines {
-            for used in imported(line) {
-                if used != module && !allowed.contains(&"*") && !allowed.contains(&used.as_str()) {
-                    breaches.push(format!("src/{}:{number}: `{module}` may not use `crate::{used}`", source.path));
-                }
+        for (number, path) in paths(&source.lines) {
+            let Some(used) = module_reached(&source.path, &path) else { continue };
+            if used != module && !allowed.contains(&"*") && !allowed.contains(&used.as_str()) {
+                breaches.push(format!("src/{}:{number}: `{module}` may not use `crate::{used}`", source.path));
             }
         }
     }
@@ -192,21 +232,32 @@ fn modules_import_only_from_the_layers_below() {
 fn crates_are_named_only_where_they_belong() {
     let mut breaches = Vec::new();
     for source in sources() {
-        for (number, line) in &source.lines {
+        let std_only = STD_ONLY.contains(&source.path.as_str());
+        for (number, path) in paths(&source.lines) {
             for (name, places) in CRATES {
-                if names_crate(line, name) && !source.within(places) {
+                if names_crate(&path, name) && !source.within(places) {
                     breaches.push(format!("src/{}:{number}: names `{name}`, allowed in {places:?}", source.path));
                 }
             }
-            if STD_ONLY.contains(&source.path.as_str()) && line.trim_start().starts_with("use ") {
-                let path = line.trim_start().trim_start_matches("use ");
-                if !path.starts_with("std::") && !path.starts_with("super::") {
-                    breaches.push(format!("src/{}:{number}: may use std only", source.path));
-                }
+            let outside = module_reached(&source.path, &path).is_some_and(|used| used != source.module())
+                || CRATES.iter().map(|(name, _)| name).chain(ANYWHERE).any(|name| names_crate(&path, name));
+            if std_only && outside {
+                breaches.push(format!("src/{}:{number}: `{path}`, but it may use std only", source.path));
             }
         }
     }
     report(breaches);
+}
+
+#[test]
+fn every_dependency_has_its_place() {
+    let manifest: toml::Table = fs::read_to_string(root().join("Cargo.toml")).unwrap().parse().unwrap();
+    let mut declared: Vec<_> =
+        manifest["dependencies"].as_table().unwrap().keys().map(|name| name.replace('-', "_")).collect();
+    let mut placed: Vec<_> = CRATES.iter().map(|(name, _)| name).chain(ANYWHERE).map(ToString::to_string).collect();
+    declared.sort();
+    placed.sort();
+    assert_eq!(declared, placed, "Cargo.toml's [dependencies], and CRATES with ANYWHERE");
 }
 
 #[test]
@@ -244,9 +295,31 @@ fn every_module_says_what_it_is() {
 
 #[test]
 fn the_scan_itself_sees_what_it_should() {
-    assert_eq!(imported("use crate::{error::{Error, Kind}, tensor};"), ["error", "tensor"]);
-    assert_eq!(imported("pub(crate) fn f() -> crate::request::Permit {"), ["request"]);
-    assert!(names_crate("use ort::session;", "ort") && names_crate("x: ort::Y", "ort"));
-    assert!(!names_crate("use support::x;", "ort") && !names_crate("crate::ort::x", "ort"));
+    let found = |text: &str| paths(&code_lines(text)).into_iter().map(|(_, path)| path).collect::<Vec<_>>();
+    assert_eq!(
+        found("use crate::{error::{Error, Kind}, tensor};"),
+        ["crate::error::Error", "crate::error::Kind", "crate::tensor"]
+    );
+    assert_eq!(
+        found("pub(crate) use crate::{\n    error,\n    units as u, // why\n};"),
+        ["crate::error", "crate::units"]
+    );
+    assert_eq!(found("use super::{super::scheduler, x};\nlet y = 1;"), ["super::super::scheduler", "super::x"]);
+    assert_eq!(found("pub(crate) fn f(x: ort::Y) -> crate::request::Permit {"), ["ort::Y", "crate::request::Permit"]);
+    assert_eq!(paths(&code_lines("\nuse a::{\nb,\n};\nc::d"))[1].0, 5, "lines are counted");
+
+    let reached = |place, path| module_reached(place, path).unwrap_or_default();
+    assert_eq!(reached("engine/mod.rs", "crate::registry::Table"), "registry");
+    assert_eq!(reached("protocol/rest/body.rs", "super::super::super::scheduler"), "scheduler");
+    assert_eq!(reached("protocol/rest/mod.rs", "self::super::super::scheduler::x"), "scheduler");
+    assert_eq!(reached("pool.rs", "super::engine"), "engine");
+    assert_eq!(reached("protocol/rest/body.rs", "super::super::status"), "");
+    assert_eq!(reached("engine/trace.rs", "Error::invalid"), "");
+    for whole in ["crate", "crate::*", "crate::self", "super::super"] {
+        assert_eq!(reached("engine/trace.rs", whole), "*", "{whole}");
+    }
+
+    assert!(["ort::session", "::ort::session", "ort"].iter().all(|path| names_crate(path, "ort")));
+    assert!(["support::x", "crate::ort::x", "orte"].iter().all(|path| !names_crate(path, "ort")));
     assert_eq!(code_lines("a // b\n// c\n#[cfg(test)]\nmod tests {").len(), 1);
 }

@@ -1,5 +1,8 @@
 //! Each trap of tests/traps/README.md: batched or not, for the right reason, and answered right.
 
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
 use serde_json::{Value, json};
 
 use crate::support::{Models, TestServer, engines, root, without_onnxruntime};
@@ -129,13 +132,49 @@ fn bad_models_fail_alone_with_a_reason_and_no_path() {
 }
 
 #[test]
-fn without_the_library_everything_says_tract() {
-    let server = TestServer::of(&root().join("models")).set("engine", "tract").start();
+fn without_the_library_metadata_and_metrics_say_tract() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let server = TestServer::of(&root().join("models")).set("engine", "auto").exe_dir(nowhere.path()).start();
     assert_eq!(server.get("/v2/models/digits").json()["platform"], "tract_onnx");
     assert!(property(&server, "digits", "backend").contains("tract"));
     let metrics = server.metrics();
     assert_eq!(metrics.sum("tidegate_model_info", &["model=\"digits\"", "backend=\"tract\""]), 2.0);
     assert_eq!(metrics.sum("tidegate_model_info", &["backend=\"onnxruntime\""]), 0.0);
+    assert_eq!(metrics.sum("tidegate_engine_info", &["backend=\"tract\""]), 1.0);
+    assert_eq!(metrics.sum("tidegate_engine_info", &["backend=\"onnxruntime\""]), 0.0);
+}
+
+#[test]
+fn without_the_library_the_log_says_tract() {
+    let binary = tempfile::tempdir().unwrap();
+    let program = binary.path().join("tidegate");
+    let built = env!("CARGO_BIN_EXE_tidegate");
+    // The binary elsewhere, without what lies beside it.
+    std::fs::hard_link(built, &program).or_else(|_| std::fs::copy(built, &program).map(drop)).unwrap();
+    let mut child = Command::new(program)
+        .args(["serve", "--host", "127.0.0.1", "--log-format", "json", "--registry"])
+        .arg(root().join("models"))
+        .args(["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--admin-port", "0"])
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Ends with the process, should it end before it is ready.
+    let lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let lines: Vec<String> = lines.take_while(|line| !line.contains(r#""message":"ready""#)).collect();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let log: Vec<Value> = lines.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let backends = |message: &str| -> Vec<&str> {
+        log.iter().filter(|line| line["message"] == message).map(|line| line["backend"].as_str().unwrap()).collect()
+    };
+    assert_eq!(backends("engine chosen"), ["tract"], "{log:?}");
+    let ready = backends("version ready");
+    assert!(!ready.is_empty() && ready.iter().all(|backend| *backend == "tract"), "{log:?}");
+    let reason = log.iter().find(|line| line["message"] == "engine chosen").unwrap()["reason"].as_str().unwrap();
+    assert!(reason.contains("no ONNX Runtime library"), "{reason}");
 }
 
 #[test]

@@ -15,14 +15,15 @@
 mod convert;
 mod plans;
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::Arc;
 
 use tract_onnx::prelude::{TValue, TVec, TractError, TypedRunnableModel};
 
 use super::onnx::Description;
-use super::text::{first_line, panic_text};
+use super::panics::{answer_panics, panic_text};
+use super::text::first_line;
 use super::{Artifact, Backend, Batch, Device, Instance, LoadError, LoadOptions, Model, RunError};
 use crate::tensor::{OutputKind, Signature, Tensor, TensorSpec};
 use convert::{cut, export, import, padded_shape, to_tract};
@@ -202,7 +203,7 @@ fn run_error(error: TractError) -> RunError {
 /// goes on to the caller.
 fn run(plan: &Arc<TypedRunnableModel>, inputs: TVec<TValue>) -> Result<TVec<TValue>, RunError> {
     // The plan is immutable and the run's state its own, dropped with the panic.
-    match catch_unwind(AssertUnwindSafe(|| plan.run(inputs))) {
+    match answer_panics(|| plan.run(inputs)) {
         Ok(result) => result.map_err(run_error),
         Err(panic) => match panic_text(&*panic) {
             text if blames_input(text) => {

@@ -4,7 +4,6 @@
 //! Threads: a plan is made outside any lock, so that a shape nobody has met yet holds up only those who bring it.
 
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -18,7 +17,8 @@ use tract_onnx::tract_hir::infer::Factoid;
 use super::convert::to_tract;
 use super::text_of;
 use crate::backend::onnx::Description;
-use crate::backend::text::{first_line, panic_text};
+use crate::backend::panics::{answer_panics, panic_text};
+use crate::backend::text::first_line;
 use crate::tensor::{Dim, Shape, Signature, TensorSpec};
 
 /// Plans for concrete shapes that are kept per version.
@@ -225,7 +225,7 @@ fn dim(dim: &TDim) -> Dim {
 /// Runs one step of loading; an error or a panic becomes a text.
 fn attempt<T>(step: impl FnOnce() -> TractResult<T>) -> Result<T, String> {
     // Whatever a panicking step was changing is dropped with it.
-    match catch_unwind(AssertUnwindSafe(step)) {
+    match answer_panics(step) {
         Ok(result) => result.map_err(|error| text_of(&error)),
         Err(panic) => Err(first_line(&format!("panicked: {}", panic_text(&*panic)))),
     }

@@ -11,8 +11,9 @@ use tonic::Status;
 use tonic::codec::{Codec, DecodeBuf, Decoder};
 use tonic_prost::ProstEncoder;
 
-use super::{MAX_INPUTS, MAX_OUTPUTS, MAX_PARAMETERS, MAX_STRING_ELEMENTS, proto, status_of};
+use super::{proto, status_of};
 use crate::error::{Error, Result};
+use crate::protocol::common::{MAX_INPUTS, MAX_OUTPUTS, MAX_PARAMETERS, MAX_STRING_ELEMENTS, too_many};
 use crate::tensor::MAX_RANK;
 
 /// Tensor bytes that typed contents may always decode to. Beyond them a message may no more than double, so that
@@ -163,7 +164,10 @@ fn check_contents(encoded: &[u8], totals: &mut Totals) -> Result<()> {
             3 | 5 => value.varints().saturating_mul(8),
             6 | 7 => value.fixed_bytes(),
             8 => {
-                count(&mut totals.strings, MAX_STRING_ELEMENTS, "elements in bytes_contents")?;
+                totals.strings += 1;
+                if totals.strings > MAX_STRING_ELEMENTS {
+                    return Err(Error::too_large(too_many(MAX_STRING_ELEMENTS, "BYTES elements in one request")));
+                }
                 value.fixed_bytes()
             }
             _ => 0,
@@ -175,7 +179,7 @@ fn check_contents(encoded: &[u8], totals: &mut Totals) -> Result<()> {
 fn count(counter: &mut usize, limit: usize, what: &str) -> Result<()> {
     *counter += 1;
     if *counter > limit {
-        return Err(Error::too_large(format!("request has more than {limit} {what}")));
+        return Err(Error::invalid(too_many(limit, what)));
     }
     Ok(())
 }
@@ -296,7 +300,8 @@ mod tests {
             [(&inputs, MAX_INPUTS), (&outputs, MAX_OUTPUTS), (&raw, MAX_INPUTS), (&strings, MAX_STRING_ELEMENTS)];
         for (request, limit) in cases {
             assert!(check(&request(limit)).is_ok(), "{limit}");
-            assert_eq!(check(&request(limit + 1)).unwrap_err().kind(), Kind::TooLarge, "{limit}");
+            let kind = if limit == MAX_STRING_ELEMENTS { Kind::TooLarge } else { Kind::InvalidInput };
+            assert_eq!(check(&request(limit + 1)).unwrap_err().kind(), kind, "{limit}");
         }
         let dims = |n| ModelInferRequest {
             inputs: vec![InferInputTensor { shape: vec![300; n], ..Default::default() }],

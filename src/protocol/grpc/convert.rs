@@ -10,8 +10,9 @@ use super::proto::model_infer_request::InferRequestedOutputTensor;
 use super::proto::model_infer_response::InferOutputTensor;
 use super::proto::{InferParameter, ModelInferRequest, ModelInferResponse};
 use super::{ORIGIN, inputs};
-use crate::error::{Error, Kind, Result, quoted};
-use crate::request::{InferRequest, InferResponse, MAX_NAME_BYTES, ModelRef, NamedTensor, Permit, Priority, VersionId};
+use crate::error::{Error, Result, quoted};
+use crate::protocol::common::{check_length, check_parameter};
+use crate::request::{InferRequest, InferResponse, ModelRef, NamedTensor, Permit, Priority, VersionId};
 
 pub(super) type Parameters = HashMap<String, InferParameter>;
 
@@ -19,8 +20,8 @@ pub(super) type Parameters = HashMap<String, InferParameter>;
 pub(super) fn request(message: ModelInferRequest) -> Result<InferRequest> {
     let ModelInferRequest { model_name, model_version, id, parameters, inputs, outputs, raw_input_contents } = message;
     let model = model(model_name, &model_version)?;
-    bounded("request id", &id)?;
-    refuse_unsupported(&parameters, "the request")?;
+    check_length("the request id", &id)?;
+    check_parameters(&parameters, "the request")?;
     Ok(InferRequest {
         inputs: inputs::tensors(inputs, raw_input_contents, &model.name)?,
         outputs: outputs.into_iter().map(requested).collect::<Result<_>>()?,
@@ -35,7 +36,7 @@ pub(super) fn request(message: ModelInferRequest) -> Result<InferRequest> {
 
 /// A model by name and version; the versions "" and "-1" leave the choice to the server.
 pub(super) fn model(name: String, version: &str) -> Result<ModelRef> {
-    bounded("model name", &name)?;
+    check_length("the model's name", &name)?;
     let version = match version {
         "" | "-1" => None,
         text => Some(VersionId::parse(text).ok_or_else(|| {
@@ -76,39 +77,16 @@ fn string_parameter(value: String) -> InferParameter {
     InferParameter { parameter_choice: Some(ParameterChoice::StringParam(value)) }
 }
 
-pub(super) fn bounded(what: &str, text: &str) -> Result<()> {
-    if text.len() > MAX_NAME_BYTES {
-        return Err(Error::invalid(format!("{what} has {} bytes, expected at most {MAX_NAME_BYTES}", text.len())));
-    }
-    Ok(())
-}
-
 fn requested(output: InferRequestedOutputTensor) -> Result<String> {
-    bounded("output name", &output.name)?;
-    refuse_unsupported(&output.parameters, &format!("output '{}'", quoted(&output.name)))?;
+    check_length("an output's name", &output.name)?;
+    check_parameters(&output.parameters, &format!("output '{}'", quoted(&output.name)))?;
     Ok(output.name)
 }
 
-/// Extensions that are not offered, by the parameters that ask for them.
-const NOT_OFFERED: [&str; 7] = [
-    "sequence_id",
-    "sequence_start",
-    "sequence_end",
-    "shared_memory_region",
-    "shared_memory_byte_size",
-    "shared_memory_offset",
-    "classification",
-];
-
-/// Parameters that would change the answer must not be ignored; all others are the caller's own.
-pub(super) fn refuse_unsupported(parameters: &Parameters, place: &str) -> Result<()> {
-    match NOT_OFFERED.iter().find(|name| parameters.get(**name).is_some_and(is_set)) {
-        Some(name) => Err(Error::new(Kind::Unsupported, format!("parameter `{name}` of {place} is not supported"))),
-        None => Ok(()),
-    }
+pub(super) fn check_parameters(parameters: &Parameters, owner: &str) -> Result<()> {
+    parameters.iter().try_for_each(|(key, parameter)| check_parameter(key, !is_set(parameter), owner))
 }
 
-/// Clients send the default of a feature they don't use.
 fn is_set(parameter: &InferParameter) -> bool {
     match &parameter.parameter_choice {
         None => false,
@@ -140,10 +118,11 @@ fn whole(parameters: &Parameters, name: &str) -> Result<Option<u64>> {
 mod tests {
     use std::time::Instant;
 
-    use super::super::MAX_STRING_ELEMENTS;
     use super::super::proto::model_infer_request::InferInputTensor;
     use super::*;
-    use crate::request::{Budget, BudgetConfig, PredictionId, Timings};
+    use crate::error::Kind;
+    use crate::protocol::common::MAX_STRING_ELEMENTS;
+    use crate::request::{Budget, BudgetConfig, MAX_NAME_BYTES, PredictionId, Timings};
     use crate::tensor::{Shape, Tensor, strings};
 
     fn input(datatype: &str, shape: &[i64]) -> InferInputTensor {
@@ -177,6 +156,9 @@ mod tests {
             let shape = i64::try_from(n).unwrap();
             request(infer(vec![input("BYTES", &[shape])], vec![vec![0; n * strings::PREFIX].into()])).map(|_| ())
         };
+        let parameter = |name: String| with_parameter(&name, ParameterChoice::Int64Param(1));
+        assert!(request(parameter(long(MAX_NAME_BYTES))).is_ok());
+        assert_eq!(request(parameter(long(MAX_NAME_BYTES + 1))).unwrap_err().kind(), Kind::InvalidInput);
         assert!(strings(MAX_STRING_ELEMENTS).is_ok());
         assert_eq!(strings(MAX_STRING_ELEMENTS + 1).unwrap_err().kind(), Kind::TooLarge);
     }
@@ -256,13 +238,14 @@ mod tests {
             digest: "sha256:ab".into(),
             outputs: vec![NamedTensor { name: "y".into(), tensor: tensor.clone() }],
             timings: Timings::default(),
-            permit: budget.admit(1, Instant::now()).unwrap(),
+            permit: budget.admit(0, Instant::now()).unwrap(),
         });
         assert_eq!(message.raw_output_contents[0].as_ptr(), tensor.data().as_ptr());
         assert_eq!((&*message.id, &*message.model_name, &*message.model_version), ("7", "m", "3"));
         assert_eq!((&*message.outputs[0].datatype, &message.outputs[0].shape[..]), ("FP32", &[1, 2][..]));
         assert_eq!(message.parameters["model_digest"], string_parameter("sha256:ab".into()));
         assert_eq!(message.parameters["prediction_id"], string_parameter(PredictionId(1).to_string()));
-        assert_eq!(permit.bytes(), 1);
+        drop(permit);
+        assert_eq!(budget.requests(), 0);
     }
 }

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::convert::{bounded, refuse_unsupported};
+use super::convert::check_parameters;
 use super::proto::InferTensorContents;
 use super::proto::model_infer_request::InferInputTensor;
-use super::{MAX_STRING_BYTES, MAX_STRING_ELEMENTS};
 use crate::error::{Error, Result, quoted};
+use crate::protocol::common::{Strings, check_length, check_longest, datatype};
 use crate::request::NamedTensor;
 use crate::tensor::{DataType, Element, Shape, Tensor};
 
@@ -19,18 +19,15 @@ pub(super) fn tensors(inputs: Vec<InferInputTensor>, raw: Vec<Bytes>, model: &st
     let is_raw = !raw.is_empty();
     let (sent, expected) = (raw.len(), inputs.len());
     let mut raw = raw.into_iter();
-    let mut strings = 0;
+    let mut strings = Strings::default();
     let tensors = inputs
         .into_iter()
         .map(|input| {
             let place = Place { input: &input.name, model };
-            bounded("input name", &input.name)?;
-            refuse_unsupported(&input.parameters, &place.to_string())?;
+            check_length("an input's name", &input.name)?;
+            check_parameters(&input.parameters, &place.to_string())?;
             let (dtype, shape) = declared(&input, place)?;
-            if dtype == DataType::Bytes {
-                strings = shape.elements().saturating_add(strings);
-                limit_strings(strings)?;
-            }
+            strings.count(dtype, &shape)?;
             let tensor = match (input.contents, raw.next()) {
                 (Some(_), _) if is_raw => Err(Error::invalid(format!(
                     "contents field must not be specified when using raw_input_contents for {}",
@@ -42,7 +39,7 @@ pub(super) fn tensors(inputs: Vec<InferInputTensor>, raw: Vec<Bytes>, model: &st
                     Err(Error::invalid(format!("unable to find data for input tensor {} in request.", place.short())))
                 }
             }?;
-            limit_longest(&tensor, place)?;
+            check_longest(&quoted(&input.name), &tensor)?;
             Ok(NamedTensor { name: Arc::from(input.name), tensor })
         })
         .collect::<Result<Vec<_>>>()?;
@@ -55,30 +52,8 @@ pub(super) fn tensors(inputs: Vec<InferInputTensor>, raw: Vec<Bytes>, model: &st
     Ok(tensors)
 }
 
-/// Bounds what is iterated over element by element, here and further down.
-fn limit_strings(found: usize) -> Result<()> {
-    if found > MAX_STRING_ELEMENTS {
-        return Err(Error::too_large(format!(
-            "request has {found} BYTES elements, expected at most {MAX_STRING_ELEMENTS}"
-        )));
-    }
-    Ok(())
-}
-
-fn limit_longest(tensor: &Tensor, place: Place<'_>) -> Result<()> {
-    match tensor.strings().map(<[u8]>::len).find(|length| *length > MAX_STRING_BYTES) {
-        Some(found) => Err(Error::too_large(format!(
-            "{place}: a BYTES element has {found} bytes, expected at most {MAX_STRING_BYTES}"
-        ))),
-        None => Ok(()),
-    }
-}
-
 fn declared(input: &InferInputTensor, place: Place<'_>) -> Result<(DataType, Shape)> {
-    let dtype = DataType::parse(&input.datatype).ok_or_else(|| {
-        let names = DataType::ALL.map(DataType::name).join(", ");
-        place.error(&format!("datatype is '{}', expected one of {names}", quoted(&input.datatype)))
-    })?;
+    let dtype = datatype(&quoted(&input.name), &input.datatype)?;
     let shape = Shape::from_wire(&input.shape).map_err(|error| place.error(&error.to_string()))?;
     Ok((dtype, shape))
 }
@@ -354,7 +329,7 @@ mod tests {
         let empty = one(input("FP32", &[0, 2], Some(InferTensorContents::default())), None);
         assert_eq!(empty.shape().dims(), [0, 2]);
         assert!(
-            refused(vec![input("FLOAT", &[1], None)], vec![]).contains("datatype is 'FLOAT', expected one of BOOL,")
+            refused(vec![input("FLOAT", &[1], None)], vec![]).contains("has datatype 'FLOAT', expected one of BOOL,")
         );
     }
 

@@ -1,13 +1,19 @@
 //! The way in: follows a unary call's body while tonic reads it, so that limits, deadlines and the permit hold from the
 //! first byte, and holds the permit until the answer's last.
+//!
+//! tonic inflates, decodes and encodes wherever it is polled. The last bytes of a long message are therefore held back
+//! until [`Intake::follow`] polls the call where that may take its time: with the thread's other tasks handed over.
 
-use std::pin::Pin;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::sync::Semaphore;
 use tokio::time::Sleep;
 use tonic::Status;
 
@@ -17,6 +23,13 @@ use crate::request::Permit;
 
 /// Bytes in front of every gRPC message: a compression flag and a big-endian length.
 pub(super) const PREFIX: usize = 5;
+
+/// Bytes of a message, or of an answer's tensors, that are worth handing the thread's other tasks over for: as on REST,
+/// about 500 µs of work where it is compressed or in typed contents.
+const LONG: usize = 128 << 10;
+
+/// Long messages decoded at once, each on a thread of its own.
+pub(super) const MAX_DECODING: usize = 16;
 
 /// What one call's body, its method and its answer share. Travels in the request's extensions.
 #[derive(Clone, Default)]
@@ -28,6 +41,10 @@ struct State {
     refused: Option<Error>,
     reached: bool,
     timeout: Option<Duration>,
+    /// A long message has arrived and its last bytes are held back.
+    held_back: bool,
+    /// The answer is long.
+    long: bool,
 }
 
 /// How a call ended, as far as tonic's answer does not say it.
@@ -37,6 +54,8 @@ pub(super) struct Ending {
     pub refused: Option<Error>,
     /// The request was decoded and its method called.
     pub reached: bool,
+    /// The answer takes long to encode.
+    pub long: bool,
 }
 
 impl Intake {
@@ -59,14 +78,37 @@ impl Intake {
         Ok((permit, state.timeout))
     }
 
-    /// Gives the permit back, to be held until the answer is written.
-    pub(super) fn hold(&self, permit: Permit) {
-        self.state().permit = Some(permit);
+    /// Gives the permit back, to be held until the answer, with so many bytes of tensors, is written.
+    pub(super) fn hold(&self, permit: Permit, bytes: usize) {
+        let mut state = self.state();
+        state.permit = Some(permit);
+        state.long = bytes > LONG;
+    }
+
+    /// Polls the call; where a long message is decoded, in one of the `places` and off the I/O threads.
+    pub(super) async fn follow<F: Future>(&self, call: F, places: &Semaphore) -> F::Output {
+        let mut call = pin!(call);
+        loop {
+            let polled = poll_fn(|cx| match call.as_mut().poll(cx) {
+                Poll::Pending if self.state().held_back => Poll::Ready(None),
+                polled => polled.map(Some),
+            });
+            if let Some(output) = polled.await {
+                return output;
+            }
+            // Fails only once closed, which nobody does.
+            let _place = places.acquire().await;
+            self.state().held_back = false;
+            if let Poll::Ready(output) = poll_fn(|cx| Poll::Ready(at_length(|| call.as_mut().poll(cx)))).await {
+                return output;
+            }
+        }
     }
 
     pub(super) fn end(&self) -> Ending {
         let mut state = self.state();
-        Ending { permit: state.permit.take(), refused: state.refused.take(), reached: state.reached }
+        let (permit, refused) = (state.permit.take(), state.refused.take());
+        Ending { permit, refused, reached: state.reached, long: state.long }
     }
 
     fn received(&self, bytes: usize) -> Result<()> {
@@ -86,6 +128,14 @@ impl Intake {
     }
 }
 
+/// Runs what takes long while other threads poll this one's tasks, where there are others.
+fn at_length<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}
+
 /// Reserves what is missing to `bytes` in all.
 pub(super) fn grow_to(permit: &mut Permit, bytes: usize) -> Result<()> {
     permit.grow(bytes.saturating_sub(permit.bytes()))
@@ -102,6 +152,8 @@ pub(super) struct Inward<B> {
     inner: Pin<Box<B>>,
     framing: Framing,
     received: usize,
+    /// The end of a long message.
+    last: Option<Frame<Bytes>>,
     expiry: Pin<Box<Sleep>>,
     late: Error,
     intake: Intake,
@@ -110,7 +162,7 @@ pub(super) struct Inward<B> {
 impl<B> Inward<B> {
     pub(super) fn new(inner: B, framing: Framing, patience: Patience, intake: Intake) -> Self {
         let expiry = Box::pin(tokio::time::sleep(patience.limit));
-        Inward { inner: Box::pin(inner), framing, received: 0, expiry, late: patience.error, intake }
+        Inward { inner: Box::pin(inner), framing, received: 0, last: None, expiry, late: patience.error, intake }
     }
 
     fn follow(&mut self, data: &[u8]) -> Result<()> {
@@ -132,11 +184,21 @@ impl<B: Body<Data = Bytes>> Body for Inward<B> {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.get_mut();
+        if this.last.is_some() {
+            let held_back = this.intake.state().held_back;
+            return if held_back { Poll::Pending } else { Poll::Ready(this.last.take().map(Ok)) };
+        }
         match this.inner.as_mut().poll_frame(cx) {
             Poll::Pending if this.expiry.as_mut().poll(cx).is_ready() => this.fail(this.late.clone()),
             Poll::Pending => Poll::Pending,
             Poll::Ready(Some(Ok(frame))) => match frame.data_ref().map(|data| this.follow(data)) {
                 Some(Err(error)) => this.fail(error),
+                // Nobody is to be woken: `follow` looks at every poll.
+                Some(Ok(())) if this.received > LONG && this.framing.is_whole() => {
+                    this.last = Some(frame);
+                    this.intake.state().held_back = true;
+                    Poll::Pending
+                }
                 _ => Poll::Ready(Some(Ok(frame))),
             },
             Poll::Ready(Some(Err(_))) => this.fail(Error::new(Kind::Cancelled, "the request's body broke off")),
@@ -182,6 +244,10 @@ impl Framing {
         Ok(())
     }
 
+    fn is_whole(&self) -> bool {
+        self.filled == PREFIX && self.left == 0
+    }
+
     fn announced(&self) -> Result<usize> {
         let [flag, length @ ..] = self.prefix;
         match flag {
@@ -218,6 +284,8 @@ pub(super) fn too_long(found: usize, limit: usize) -> Error {
 /// An answer's body, holding the request's place until it is written.
 pub(super) struct Outward {
     pub inner: tonic::body::Body,
+    /// Its first frame takes long.
+    pub long: bool,
     /// Held, not read.
     pub _permit: Permit,
 }
@@ -227,6 +295,9 @@ impl Body for Outward {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if std::mem::take(&mut self.long) {
+            return at_length(|| Pin::new(&mut self.inner).poll_frame(cx));
+        }
         Pin::new(&mut self.inner).poll_frame(cx)
     }
 
@@ -330,6 +401,23 @@ mod tests {
             assert_eq!(budget.bytes(), if refused.is_some() { 0 } else { 15 });
             drop(ending.permit);
             assert_eq!((budget.requests(), budget.bytes()), (0, 0));
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_long_message_is_decoded_in_a_place_of_its_own() {
+        for (length, waits) in [(LONG - PREFIX, false), (LONG, true)] {
+            let intake = Intake::new(None, None);
+            let body = Full::new(Bytes::from(message(length)));
+            let body = Inward::new(body, Framing::new(LONG, false), patience(Duration::MAX), intake.clone());
+            let places = Semaphore::new(0);
+            let mut call = pin!(intake.follow(body.collect(), &places));
+            let early = poll_fn(|cx| Poll::Ready(call.as_mut().poll(cx))).await;
+            assert_eq!(early.is_pending(), waits, "{length}");
+            if waits {
+                places.add_permits(1);
+                assert_eq!(call.await.unwrap().to_bytes().len(), PREFIX + length);
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! [`Grpc`] is the whole port: it takes every call, admits it, watches its body, hands it to tonic, and gives tonic's
 //! own refusals the status of our table. Owns the wire only: what a call means is the engine's business. Runs on the
-//! I/O runtime and spawns nothing.
+//! I/O runtime; where a long message is decoded or encoded, its thread's other tasks are handed over.
 //!
 //! Invariants: a permit is taken before an infer request's body is read and held until its answer is written; no
 //! message over the one limit is buffered, compressed or not; a request that cannot be decoded is the client's fault.
@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::StatusCode;
+use tokio::sync::Semaphore;
 use tonic::body::Body;
 use tonic::codec::CompressionEncoding::{Deflate, Gzip};
 use tonic::metadata::MetadataValue;
@@ -32,10 +33,11 @@ use tower::Service;
 
 use crate::engine::Engine;
 use crate::error::{Error, Kind, Result, quoted};
+use crate::protocol::common::{self, expired};
 use crate::protocol::status;
 use crate::request::{Origin, Protocol};
 use health::HealthService;
-use intake::{Framing, Intake, Inward, Outward, PREFIX, Patience, too_long};
+use intake::{Framing, Intake, Inward, MAX_DECODING, Outward, PREFIX, Patience, too_long};
 use proto::grpc_inference_service_server::{GrpcInferenceServiceServer, SERVICE_NAME as SERVICE};
 use service::InferenceService;
 
@@ -47,19 +49,6 @@ pub mod proto {
 
 /// Longest message of a call that asks about the server or a model, in bytes.
 const MAX_QUERY_BYTES: usize = 16 << 10;
-
-/// Longest error message sent, in bytes: clients bound the headers they take.
-const MAX_ERROR_BYTES: usize = 1 << 10;
-
-// What one request may hold. Checked before it is decoded, except for the names.
-const MAX_INPUTS: usize = 64;
-const MAX_OUTPUTS: usize = 256;
-/// Of the request, of one input, and of one output.
-const MAX_PARAMETERS: usize = 64;
-/// Elements of all BYTES tensors together.
-const MAX_STRING_ELEMENTS: usize = 1 << 20;
-/// One element of a BYTES tensor.
-const MAX_STRING_BYTES: usize = 16 << 20;
 
 const ORIGIN: Origin = Origin { protocol: Protocol::Grpc };
 
@@ -84,6 +73,8 @@ struct Grpc {
     config: Config,
     inference: Arc<InferenceService>,
     health: Arc<HealthService>,
+    /// For decoding long messages.
+    places: Arc<Semaphore>,
 }
 
 /// All that is served on the gRPC port, for a listener that speaks HTTP/2.
@@ -96,6 +87,7 @@ fn service(engine: Arc<Engine>, config: Config) -> Grpc {
     Grpc {
         inference: Arc::new(InferenceService::new(Arc::clone(&engine))),
         health: Arc::new(HealthService::new(Arc::clone(&engine))),
+        places: Arc::new(Semaphore::new(MAX_DECODING)),
         engine,
         config,
     }
@@ -193,14 +185,14 @@ impl Grpc {
         let limit = self.limit(call);
         let Ok(response) = match call {
             Call::Infer | Call::Query => {
-                GrpcInferenceServiceServer::from_arc(Arc::clone(&self.inference))
+                let call = GrpcInferenceServiceServer::from_arc(Arc::clone(&self.inference))
                     .accept_compressed(Gzip)
                     .accept_compressed(Deflate)
                     .send_compressed(Gzip)
                     .send_compressed(Deflate)
                     .max_decoding_message_size(limit)
-                    .call(request)
-                    .await
+                    .call(request);
+                intake.follow(call, &self.places).await
             }
             Call::Health => {
                 HealthServer::from_arc(Arc::clone(&self.health))
@@ -219,7 +211,9 @@ impl Grpc {
                 self.refuse(call, &error);
                 status_of(&error).into_http()
             }
-            (None, Some(permit)) => response.map(|inner| Body::new(Outward { inner, _permit: permit })),
+            (None, Some(permit)) => {
+                response.map(|inner| Body::new(Outward { inner, long: ending.long, _permit: permit }))
+            }
             (None, None) => response,
         }
     }
@@ -266,21 +260,15 @@ fn refusal(status: &Status) -> Option<Error> {
     Some(Error::new(kind, message))
 }
 
-/// The status of an error, its message as it is up to the limit.
+/// The status of an error.
 fn status_of(error: &Error) -> Status {
-    let message = error.message();
-    let end = message.floor_char_boundary(MAX_ERROR_BYTES);
     let entry = status::Status::of(error.kind());
-    let mut status = Status::new(Code::from(entry.grpc), &message[..end]);
+    let mut status = Status::new(Code::from(entry.grpc), common::message(error));
     if let Some(seconds) = entry.retry_after {
         // What clients that retry by themselves wait.
         status.metadata_mut().insert("grpc-retry-pushback-ms", MetadataValue::from(u64::from(seconds) * 1000));
     }
     status
-}
-
-fn expired() -> Error {
-    Error::new(Kind::DeadlineExceeded, "Request timeout expired")
 }
 
 /// An answer to something that is not gRPC.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tonic::metadata::{MetadataMap, MetadataValue};
 use tonic::{Request, Response, Status};
 
@@ -12,7 +13,7 @@ use super::proto::{self, model_metadata_response::TensorMetadata, repository_ind
 use super::{ORIGIN, convert, status_of};
 use crate::engine::{Engine, ModelInfo};
 use crate::error::{Error, Kind, Result};
-use crate::protocol::EXTENSIONS;
+use crate::protocol::{EXTENSIONS, common};
 use crate::request::{InferRequest, InferResponse, Permit};
 use crate::tensor::TensorSpec;
 
@@ -53,7 +54,7 @@ fn sooner(first: Option<Duration>, second: Option<Duration>) -> Option<Duration>
 fn answer(intake: &Intake, response: InferResponse) -> Response<proto::ModelInferResponse> {
     let metadata = metadata(&response);
     let (message, permit) = convert::response(response);
-    intake.hold(permit);
+    intake.hold(permit, message.raw_output_contents.iter().map(Bytes::len).sum());
     let mut answer = Response::new(message);
     *answer.metadata_mut() = metadata;
     answer
@@ -61,30 +62,13 @@ fn answer(intake: &Intake, response: InferResponse) -> Response<proto::ModelInfe
 
 fn metadata(response: &InferResponse) -> MetadataMap {
     let mut metadata = MetadataMap::new();
-    let mut put = |name: &'static str, value: String| {
-        // All values are ours and ASCII; a header that cannot be sent is left out rather than failing the answer.
+    for (name, value) in common::provenance(response) {
+        // A header that cannot be sent is left out rather than failing the answer.
         if let Ok(value) = MetadataValue::try_from(value) {
             metadata.insert(name, value);
         }
-    };
-    put("x-prediction-id", response.prediction.to_string());
-    put("x-model-version", response.version.to_string());
-    put("x-model-digest", response.digest.to_string());
-    put("server-timing", server_timing(response));
+    }
     metadata
-}
-
-/// As HTTP's `Server-Timing`: milliseconds by phase, `total` from admission.
-fn server_timing(response: &InferResponse) -> String {
-    let timings = &response.timings;
-    let phases = [
-        ("prepare", timings.prepare),
-        ("queue", timings.queue),
-        ("compute", timings.compute),
-        ("total", response.permit.arrived().elapsed()),
-    ];
-    let phases = phases.map(|(name, duration)| format!("{name};dur={:.3}", duration.as_secs_f64() * 1e3));
-    phases.join(", ")
 }
 
 #[tonic::async_trait]
@@ -163,8 +147,7 @@ impl GrpcInferenceService for InferenceService {
             let error = Error::new(Kind::Unsupported, "'repository_name' is not supported: there is one repository");
             return Err(status_of(&error));
         }
-        let entries = self.engine.index().into_iter().filter(|entry| !ready || entry.state == READY);
-        let models = entries.map(|entry| ModelIndex {
+        let models = common::index(&self.engine, ready).map(|entry| ModelIndex {
             name: entry.name.to_string(),
             version: entry.version.map(|version| version.to_string()).unwrap_or_default(),
             state: entry.state.to_string(),
@@ -173,9 +156,6 @@ impl GrpcInferenceService for InferenceService {
         Ok(Response::new(proto::RepositoryIndexResponse { models: models.collect() }))
     }
 }
-
-/// The index's word for a version that serves.
-const READY: &str = "READY";
 
 fn model_metadata(info: ModelInfo) -> proto::ModelMetadataResponse {
     let tensors = |specs: &[TensorSpec]| {

@@ -7,7 +7,6 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
@@ -23,14 +22,11 @@ use super::encoding::{self, Encoding};
 use super::json::Requested;
 use super::{App, JSON};
 use crate::error::{Error, Result};
+use crate::protocol::common;
 use crate::request::{InferResponse, NamedTensor, Permit};
 use crate::tensor::{DataType, Tensor};
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
-const PREDICTION_ID: HeaderName = HeaderName::from_static("x-prediction-id");
-const MODEL_VERSION: HeaderName = HeaderName::from_static("x-model-version");
-const MODEL_DIGEST: HeaderName = HeaderName::from_static("x-model-digest");
-const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
 /// How the client wants its outputs.
 #[derive(Debug)]
@@ -50,17 +46,24 @@ impl Wanted {
 pub(super) async fn write(app: &App, response: InferResponse, wanted: Wanted, accepted: Encoding) -> Result<Response> {
     /// Compressing a byte costs about as much as formatting so many.
     const COMPRESSION_COST: usize = 8;
-    let bytes: usize = response.outputs.iter().map(|output| output.tensor.data().len()).sum();
-    let work = if accepted == Encoding::Identity { bytes } else { bytes.saturating_mul(COMPRESSION_COST) };
-    let mut headers = provenance(&response);
+    let formatted: usize =
+        response.outputs.iter().filter(|y| !wanted.as_binary(&y.name)).map(|y| text_length(&y.tensor)).sum();
+    let compressed: usize = match accepted {
+        Encoding::Identity => 0,
+        Encoding::Gzip | Encoding::Deflate => response.outputs.iter().map(|y| y.tensor.data().len()).sum(),
+    };
+    let work = formatted.saturating_add(compressed.saturating_mul(COMPRESSION_COST));
+    let provenance = common::provenance(&response);
     let shortest = app.config.min_compressed_bytes;
-    let (written, permit) = app
-        .offload(work, move || {
-            let written = render(&response, &wanted)?.compressed(accepted, shortest)?;
-            Ok((written, response.permit))
-        })
-        .await?;
+    let rendering = move || {
+        let written = render(&response, &wanted)?.compressed(accepted, shortest)?;
+        Ok((written, response.permit))
+    };
+    // What has been computed is not refused any more.
+    let (written, permit) = if app.is_long(work) { app.engine.cpu().finish(rendering).await?? } else { rendering()? };
 
+    let header = |(name, value)| Some((HeaderName::from_static(name), HeaderValue::try_from(value).ok()?));
+    let mut headers: HeaderMap = provenance.into_iter().filter_map(header).collect();
     headers.insert(CONTENT_TYPE, if written.json_length.is_some() { OCTETS } else { JSON });
     headers.insert(VARY, HeaderValue::from_static(ACCEPT_ENCODING.as_str()));
     if let Some(length) = written.json_length {
@@ -74,32 +77,6 @@ pub(super) async fn write(app: &App, response: InferResponse, wanted: Wanted, ac
     let mut answer = Response::new(Body::new(frames));
     *answer.headers_mut() = headers;
     Ok(answer)
-}
-
-/// Which prediction this is, what made it, and where its time went.
-fn provenance(response: &InferResponse) -> HeaderMap {
-    let timings = &response.timings;
-    let timing = [
-        ("prepare", timings.prepare),
-        ("queue", timings.queue),
-        ("compute", timings.compute),
-        ("total", response.permit.arrived().elapsed()),
-    ]
-    .map(|(name, duration)| format!("{name};dur={:.3}", milliseconds(duration)))
-    .join(", ");
-    [
-        (PREDICTION_ID, response.prediction.to_string()),
-        (MODEL_VERSION, response.version.to_string()),
-        (MODEL_DIGEST, response.digest.to_string()),
-        (SERVER_TIMING, timing),
-    ]
-    .into_iter()
-    .filter_map(|(name, value)| Some((name, HeaderValue::try_from(value).ok()?)))
-    .collect()
-}
-
-fn milliseconds(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1000.0
 }
 
 /// A response's body before it is sent.

@@ -7,6 +7,7 @@ use http::{HeaderMap, HeaderName};
 
 use super::Config;
 use crate::error::{Error, Result};
+use crate::protocol::common::check_longest;
 use crate::request::NamedTensor;
 use crate::tensor::{DataType, Dim, Shape, Signature, Tensor, strings};
 
@@ -86,22 +87,17 @@ impl Tail {
 }
 
 /// A tensor over the bytes sent for it.
-pub(super) fn tensor(input: &str, dtype: DataType, shape: Shape, data: Bytes, config: &Config) -> Result<Tensor> {
+pub(super) fn tensor(input: &str, dtype: DataType, shape: Shape, data: Bytes) -> Result<Tensor> {
     let tensor =
         Tensor::new(dtype, shape, data).map_err(|error| Error::invalid(format!("input '{input}': {error}")))?;
-    let max = config.max_string_bytes;
-    let long = tensor.strings().position(|element| element.len() > max);
-    match long {
-        None => Ok(tensor),
-        Some(index) => Err(Error::too_large(format!(
-            "element {index} of input '{input}' is longer than expected: at most {max} bytes"
-        ))),
-    }
+    check_longest(input, &tensor)?;
+    Ok(tensor)
 }
 
 /// The only input of a raw request. Its shape must follow from the signature and the number of bytes: at most one free
-/// dimension. A `BYTES` input takes one element, sent as it is, without a length in front.
-pub(super) fn raw(body: Bytes, model: &str, signature: &Signature, config: &Config) -> Result<NamedTensor> {
+/// dimension, or two of which the leading one, the batch, is then 1. A `BYTES` input takes one element, sent as it is,
+/// without a length in front.
+pub(super) fn raw(body: Bytes, model: &str, signature: &Signature) -> Result<NamedTensor> {
     let [spec] = &signature.inputs[..] else {
         let found = signature.inputs.len();
         return Err(Error::invalid(format!("a raw request needs a model with one input, but '{model}' has {found}")));
@@ -113,12 +109,16 @@ pub(super) fn raw(body: Bytes, model: &str, signature: &Signature, config: &Conf
         ))
     };
     let dims = spec.dims.as_ref().ok_or_else(|| unclear("has an unknown rank"))?;
-    if dims.iter().filter(|dim| dim.is_free()).count() > 1 {
-        return Err(unclear("has several free dimensions"));
-    }
+    let sized = spec.dtype.size();
+    let first = match dims.iter().filter(|dim| dim.is_free()).count() {
+        0 | 1 => None,
+        2 if dims[0].is_free() && sized.is_some() => Some(Dim::Fixed(1)),
+        _ => return Err(unclear("has several free dimensions")),
+    };
+    let dims: Vec<&Dim> = first.iter().chain(&dims[usize::from(first.is_some())..]).collect();
     let fixed = Shape::new(dims.iter().map(|dim| if let Dim::Fixed(n) = dim { *n } else { 1 }).collect::<Vec<_>>());
     let fixed = fixed.map_err(|error| Error::invalid(error.to_string()))?.elements();
-    let (elements, data) = match spec.dtype.size() {
+    let (elements, data) = match sized {
         Some(size) if body.len().is_multiple_of(size) => (body.len() / size, body),
         Some(size) => return Err(unclear(&format!("takes elements of {size} bytes, and {} were sent", body.len()))),
         None => {
@@ -132,7 +132,7 @@ pub(super) fn raw(body: Bytes, model: &str, signature: &Signature, config: &Conf
         free.ok_or_else(|| unclear(&format!("takes multiples of {fixed} elements, and {elements} were sent")))?;
     let shape = dims.iter().map(|dim| if let Dim::Fixed(n) = dim { *n } else { free }).collect::<Vec<_>>();
     let shape = Shape::new(shape).map_err(|error| Error::invalid(error.to_string()))?;
-    Ok(NamedTensor { name: spec.name.clone(), tensor: tensor(&spec.name, spec.dtype, shape, data, config)? })
+    Ok(NamedTensor { name: spec.name.clone(), tensor: tensor(&spec.name, spec.dtype, shape, data)? })
 }
 
 #[cfg(test)]
@@ -141,6 +141,7 @@ mod tests {
 
     use super::*;
     use crate::error::Kind;
+    use crate::protocol::common::MAX_STRING_BYTES;
     use crate::tensor::TensorSpec;
 
     fn layout_of(values: &[&str]) -> Result<Layout> {
@@ -185,20 +186,19 @@ mod tests {
         let body = Bytes::from(vec![0u8; 19]);
         let (_, mut tail) = split(body.clone(), 3, &Config::default()).unwrap();
         let data = tail.take("x", 16).unwrap();
-        let x = tensor("x", DataType::Fp32, Shape::new([4]).unwrap(), data, &Config::default()).unwrap();
+        let x = tensor("x", DataType::Fp32, Shape::new([4]).unwrap(), data).unwrap();
         assert_eq!(x.data().as_ptr(), body[3..].as_ptr());
     }
 
     #[test]
     fn long_strings_are_refused() {
-        let config = Config { max_string_bytes: 4, ..Config::default() };
         let data = |length: usize| {
             let mut data = Vec::new();
             strings::push(&mut data, &vec![b'x'; length]).unwrap();
             Bytes::from(data)
         };
-        tensor("x", DataType::Bytes, Shape::new([1]).unwrap(), data(4), &config).unwrap();
-        let error = tensor("x", DataType::Bytes, Shape::new([1]).unwrap(), data(5), &config).unwrap_err();
+        tensor("x", DataType::Bytes, Shape::new([1]).unwrap(), data(MAX_STRING_BYTES)).unwrap();
+        let error = tensor("x", DataType::Bytes, Shape::new([1]).unwrap(), data(MAX_STRING_BYTES + 1)).unwrap_err();
         assert_eq!(error.kind(), Kind::TooLarge);
     }
 
@@ -208,7 +208,7 @@ mod tests {
         });
         let spec = TensorSpec { name: "x".into(), dtype, dims };
         let signature = Signature { inputs: vec![spec; inputs], outputs: Vec::new() };
-        let raw = raw(vec![0u8; bytes].into(), "m", &signature, &Config::default()).ok()?;
+        let raw = raw(vec![0u8; bytes].into(), "m", &signature).ok()?;
         Some(raw.tensor.shape().dims().to_vec())
     }
 
@@ -219,13 +219,18 @@ mod tests {
         assert_eq!(fp32(&[1, -1], 12), Some(vec![1, 3]));
         assert_eq!(fp32(&[2, 2], 16), Some(vec![2, 2]));
         assert_eq!(fp32(&[], 4), Some(vec![]));
-        for (dims, bytes) in [(&[-1, -1][..], 64), (&[-1, 8], 33), (&[-1, 8], 36), (&[2, 2], 12), (&[0, -1], 4)] {
+        assert_eq!(fp32(&[-1, -1], 64), Some(vec![1, 16]));
+        assert_eq!(fp32(&[-1, 2, -1], 24), Some(vec![1, 2, 3]));
+        for (dims, bytes) in
+            [(&[-1, -1, -1][..], 64), (&[2, -1, -1], 64), (&[-1, 8], 33), (&[-1, 8], 36), (&[2, 2], 12), (&[0, -1], 4)]
+        {
             assert_eq!(fp32(dims, bytes), None, "{dims:?} {bytes}");
         }
         assert_eq!(raw_shape(DataType::Fp32, Some(&[4]), 2, 16), None);
         assert_eq!(raw_shape(DataType::Fp32, None, 1, 16), None);
         assert_eq!(raw_shape(DataType::Bytes, Some(&[-1, 1]), 1, 5), Some(vec![1, 1]));
         assert_eq!(raw_shape(DataType::Bytes, Some(&[-1, 2]), 1, 5), None);
+        assert_eq!(raw_shape(DataType::Bytes, Some(&[-1, -1]), 1, 5), None);
         assert_eq!(raw_shape(DataType::Bool, Some(&[-1]), 1, 3), Some(vec![3]));
     }
 }

@@ -26,7 +26,7 @@ fn too_large(max: usize) -> Error {
     Error::too_large(format!("the request body is longer than {max} bytes"))
 }
 
-/// Reads the whole body. `permit` holds the declared bytes already, and grows with a body that declared none.
+/// Reads the whole body. `permit` grows with what arrives, whatever was declared.
 pub(super) async fn read(
     mut body: Body,
     declared: Option<usize>,
@@ -43,9 +43,7 @@ pub(super) async fn read(
         if data.len() > max - whole.length() {
             return Err(too_large(max));
         }
-        if declared.is_none() {
-            permit.grow(data.len())?;
-        }
+        permit.grow(data.len())?;
         whole.push(data, declared);
     }
 }
@@ -60,9 +58,8 @@ fn slow(config: &Config) -> Error {
     Error::new(
         Kind::RequestTimeout,
         format!(
-            "the request body came too slowly, expected all of it within {} s and {} bytes a second",
-            config.body_timeout.as_secs(),
-            config.min_body_rate
+            "the request body came too slowly, expected all of it within {:?} and {} bytes a second",
+            config.body_timeout, config.min_body_rate
         ),
     )
 }
@@ -101,8 +98,12 @@ impl Whole {
             return;
         }
         if self.rest.is_empty() {
-            self.rest.reserve(declared.unwrap_or(self.first.len() + data.len()));
             self.rest.extend_from_slice(&std::mem::take(&mut self.first));
+        }
+        let missing = declared.unwrap_or_default().saturating_sub(self.rest.len());
+        if self.rest.capacity() - self.rest.len() < data.len() {
+            // Room for no more than has come already, or than is still to come.
+            self.rest.reserve(missing.min(self.rest.len()).max(data.len()));
         }
         self.rest.extend_from_slice(&data);
     }

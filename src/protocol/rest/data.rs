@@ -12,6 +12,7 @@ use serde::ser::{Error as _, Serialize, Serializer};
 use super::Config;
 use super::number::{Fault, Number};
 use crate::error::{Error, Result};
+use crate::protocol::common::MAX_STRING_BYTES;
 use crate::request::Permit;
 use crate::tensor::{DataType, Element, Shape, Tensor, TensorError, strings};
 
@@ -52,7 +53,7 @@ pub(super) fn parse(
         DataType::Bf16 => numbers::<bf16>(name, shape, text),
         DataType::Fp32 => numbers::<f32>(name, shape, text),
         DataType::Fp64 => numbers::<f64>(name, shape, text),
-        DataType::Bytes => texts(name, shape, text, config),
+        DataType::Bytes => texts(name, shape, text),
     }
 }
 
@@ -85,23 +86,23 @@ fn numbers<T: Number + Send + 'static>(name: &str, shape: Shape, text: &str) -> 
     built(Tensor::from_vec(shape, data))
 }
 
-fn texts(name: &str, shape: Shape, text: &str, config: &Config) -> Result<Tensor> {
+fn texts(name: &str, shape: Shape, text: &str) -> Result<Tensor> {
     let mut data = Vec::new();
     walk(name, &shape, text, |token| {
         let inner = token.strip_prefix('"').and_then(|token| token.strip_suffix('"'));
         let inner = inner.ok_or(Fault::Type { found: kind_of(token), expected: "a string" })?;
         if inner.contains('\\') {
             let unescaped: String = serde_json::from_str(token).map_err(|_| Fault::Escape)?;
-            append(&mut data, unescaped.as_bytes(), config)
+            append(&mut data, unescaped.as_bytes())
         } else {
-            append(&mut data, inner.as_bytes(), config)
+            append(&mut data, inner.as_bytes())
         }
     })?;
     built(Tensor::new(DataType::Bytes, shape, Bytes::from(data)))
 }
 
-fn append(data: &mut Vec<u8>, element: &[u8], config: &Config) -> Result<(), Fault> {
-    let max = config.max_string_bytes;
+fn append(data: &mut Vec<u8>, element: &[u8]) -> Result<(), Fault> {
+    let max = MAX_STRING_BYTES;
     let fits = element.len() <= max && strings::push(data, element).is_some();
     if fits { Ok(()) } else { Err(Fault::TooLong { max }) }
 }
@@ -357,10 +358,12 @@ mod tests {
         let tensor = read(DataType::Bytes, &[5], text).unwrap();
         let strings: Vec<&[u8]> = tensor.strings().collect();
         assert_eq!(strings, [&b""[..], b"a,]\"b", "\0🦀\n".as_bytes(), "é世".as_bytes(), b"\\"]);
-        let config = Config { max_string_bytes: 3, ..Config::default() };
-        assert!(read_within(DataType::Bytes, &[1], r#"["abc"]"#, &config, 1 << 20).is_ok());
-        let error = read_within(DataType::Bytes, &[1], r#"["abcd"]"#, &config, 1 << 20).unwrap_err();
-        assert_eq!(error.kind(), Kind::TooLarge);
+        let one = |length| {
+            let text = format!(r#"["{}"]"#, "a".repeat(length));
+            read_within(DataType::Bytes, &[1], &text, &Config::default(), 64 << 20).map(|_| ())
+        };
+        assert!(one(MAX_STRING_BYTES).is_ok());
+        assert_eq!(one(MAX_STRING_BYTES + 1).unwrap_err().kind(), Kind::TooLarge);
     }
 
     #[test]

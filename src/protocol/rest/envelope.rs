@@ -12,7 +12,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::Config;
+use crate::protocol::common::{MAX_INPUTS, MAX_OUTPUTS, too_many};
 use crate::tensor::MAX_RANK;
 
 /// The request object with its fields found and `data` unread.
@@ -56,11 +56,9 @@ enum Field {
 }
 
 /// Unknown fields are ignored, repeated ones refused: which of two would count is nobody's to guess.
-pub(super) struct OfBody<'c> {
-    pub config: &'c Config,
-}
+pub(super) struct OfBody;
 
-impl<'de> DeserializeSeed<'de> for OfBody<'_> {
+impl<'de> DeserializeSeed<'de> for OfBody {
     type Value = Body<'de>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Body<'de>, D::Error> {
@@ -68,7 +66,7 @@ impl<'de> DeserializeSeed<'de> for OfBody<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for OfBody<'_> {
+impl<'de> Visitor<'de> for OfBody {
     type Value = Body<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -82,12 +80,12 @@ impl<'de> Visitor<'de> for OfBody<'_> {
                 Field::Id => once(&mut id, "id", map.next_value::<Option<Text<'de>>>()?)?,
                 Field::Parameters => once(&mut parameters, "parameters", map.next_value::<Option<&RawValue>>()?)?,
                 Field::Inputs => {
-                    let list = List::new("inputs", self.config.max_inputs);
-                    once(&mut inputs, "inputs", map.next_value_seed(list)?)?;
+                    let list = map.next_value_seed(List::new("inputs", MAX_INPUTS))?;
+                    once(&mut inputs, "inputs", list)?;
                 }
                 Field::Outputs => {
-                    let list = List::new("outputs", self.config.max_outputs);
-                    once(&mut outputs, "outputs", map.next_value_seed(list)?)?;
+                    let list = map.next_value_seed(List::new("outputs", MAX_OUTPUTS))?;
+                    once(&mut outputs, "outputs", list)?;
                 }
                 Field::Unknown => {
                     map.next_value::<IgnoredAny>()?;
@@ -180,7 +178,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
         let mut items = Vec::new();
         while let Some(item) = seq.next_element()? {
             if items.len() == self.max {
-                return Err(A::Error::custom(format_args!("more than {} {}", self.max, self.what)));
+                return Err(A::Error::custom(too_many(self.max, self.what)));
             }
             items.push(item);
         }

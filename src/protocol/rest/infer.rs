@@ -1,7 +1,7 @@
 //! One inference over REST: headers, then a permit, then the body, then the engine, then the response.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -17,6 +17,7 @@ use super::parameters::OfRequest;
 use super::routes::Target;
 use super::{App, Config, ORIGIN, Refusal, body};
 use crate::error::{Error, Result};
+use crate::protocol::common;
 use crate::request::{InferRequest, MAX_NAME_BYTES, ModelRef, Permit};
 use crate::tensor::Signature;
 
@@ -36,7 +37,9 @@ pub(super) async fn infer(
     let announced = announce(&app, target, request).inspect_err(refused)?;
     // Records its own refusals, as `Engine::infer` does.
     let permit = app.engine.admit(ORIGIN, announced.declared.unwrap_or(0))?;
-    let (request, wanted, permit) = receive(&app, announced, permit).await.inspect_err(refused)?;
+    let deadline = announced.head.timeout.and_then(|timeout| permit.arrived().checked_add(timeout));
+    let received = before(deadline, receive(&app, announced, permit)).await;
+    let (request, wanted, permit) = received.inspect_err(refused)?;
     let response = app.engine.infer(request, permit).await?;
     Ok(answer::write(&app, response, wanted, accepted).await?)
 }
@@ -45,28 +48,38 @@ pub(super) async fn infer(
 struct Announced {
     model: ModelRef,
     head: Head,
-    /// Where the body says nothing of names and shapes: raw mode.
-    signature: Option<Arc<Signature>>,
     declared: Option<usize>,
     body: Body,
+}
+
+/// `received`, if it comes before the deadline: a body that is late, or waits too long to be parsed, is not awaited.
+async fn before<T>(deadline: Option<Instant>, received: impl Future<Output = Result<T>>) -> Result<T> {
+    let Some(deadline) = deadline else { return received.await };
+    tokio::time::timeout_at(deadline.into(), received).await.unwrap_or_else(|_| Err(common::expired()))
 }
 
 fn announce(app: &App, target: Result<Target, Refusal>, request: Request) -> Result<Announced> {
     let Target(model) = target.map_err(|Refusal(error)| error)?;
     let (parts, body) = request.into_parts();
     let head = Head::read(&parts.headers)?;
-    let signature = match head.layout {
-        Layout::Raw => Some(app.engine.model(&model.name, model.version)?.signature),
-        Layout::Json | Layout::Split(_) => None,
-    };
+    if head.layout == Layout::Raw {
+        signature_of(app, &model)?;
+    }
     let declared = body::declared(&body, app.config.max_body_bytes)?;
-    Ok(Announced { model, head, signature, declared, body })
+    Ok(Announced { model, head, declared, body })
+}
+
+/// For raw mode, whose body says nothing of names and shapes. The one look at the table besides the engine's own choice:
+/// after the body has arrived, so that the two fall together but for the time of parsing.
+fn signature_of(app: &App, model: &ModelRef) -> Result<Arc<Signature>> {
+    Ok(app.engine.model(&model.name, model.version)?.signature)
 }
 
 /// Reads the body into the request that every protocol hands to the engine.
 async fn receive(app: &App, announced: Announced, mut permit: Permit) -> Result<(InferRequest, Wanted, Permit)> {
-    let Announced { model, head, signature, declared, body } = announced;
+    let Announced { model, head, declared, body } = announced;
     let body = body::read(body, declared, &app.config, &mut permit).await?;
+    let signature = if head.layout == Layout::Raw { Some(signature_of(app, &model)?) } else { None };
     // How much a compressed body holds is not known before it is decompressed.
     let bytes = if head.encoding == Encoding::Identity { body.len() } else { usize::MAX };
     let (config, name) = (Arc::clone(&app.config), model.name.clone());
@@ -76,7 +89,7 @@ async fn receive(app: &App, announced: Announced, mut permit: Permit) -> Result<
         let parsed = understand(body, layout, &name, signature.as_deref(), &config, &mut permit)?;
         Ok((parsed, permit))
     };
-    let (parsed, permit) = app.offload(bytes, understand).await?;
+    let (parsed, permit) = if app.is_long(bytes) { app.engine.cpu().run(understand).await?? } else { understand()? };
 
     let Parsed { id, parameters, inputs, outputs } = parsed;
     let request = InferRequest {
@@ -105,7 +118,7 @@ fn understand(
         (Layout::Raw, Some(signature)) => Ok(Parsed {
             id: String::new(),
             parameters: OfRequest { binary_data_output: true, ..OfRequest::default() },
-            inputs: vec![binary::raw(body, model, signature, config)?],
+            inputs: vec![binary::raw(body, model, signature)?],
             outputs: Vec::new(),
         }),
         (Layout::Split(length), _) => {

@@ -12,8 +12,9 @@ use super::envelope::{Dims, Input, Object, OfBody, Output};
 use super::parameters::{self, OfRequest};
 use super::{Config, data};
 use crate::error::{Error, Result, quoted};
-use crate::request::{MAX_NAME_BYTES, NamedTensor, Permit};
-use crate::tensor::{DataType, Shape};
+use crate::protocol::common::{self, Strings, check_length};
+use crate::request::{NamedTensor, Permit};
+use crate::tensor::Shape;
 
 /// An infer request's body.
 #[derive(Debug)]
@@ -38,35 +39,39 @@ pub(super) fn parse(model: &str, json: &[u8], mut tail: Tail, config: &Config, p
         .map_err(|error| Error::invalid(format!("the request JSON is not UTF-8 at byte {}", error.valid_up_to())))?;
     check_depth(text, config.max_json_depth)?;
     let mut deserializer = serde_json::Deserializer::from_str(text);
-    let body = OfBody { config }.deserialize(&mut deserializer).map_err(malformed)?;
+    let body = OfBody.deserialize(&mut deserializer).map_err(malformed)?;
     deserializer.end().map_err(malformed)?;
     check_length("the request id", &body.id)?;
 
-    let parameters = parameters::of_request(body.parameters, config)?;
+    let parameters = parameters::of_request(body.parameters)?;
+    let mut strings = Strings::default();
     let inputs = body
         .inputs
         .into_iter()
-        .map(|Object(input)| read_input(input, &mut tail, config, permit))
+        .map(|Object(input)| read_input(input, &mut tail, &mut strings, config, permit))
         .collect::<Result<Vec<NamedTensor>>>()?;
     tail.finish(model)?;
-    let outputs = body.outputs.into_iter().map(|Object(output)| read_output(output, config)).collect::<Result<_>>()?;
+    let outputs = body.outputs.into_iter().map(|Object(output)| read_output(output)).collect::<Result<_>>()?;
     Ok(Parsed { id: body.id.into_owned(), parameters, inputs, outputs })
 }
 
-fn read_input(input: Input, tail: &mut Tail, config: &Config, permit: &mut Permit) -> Result<NamedTensor> {
+fn read_input(
+    input: Input,
+    tail: &mut Tail,
+    strings: &mut Strings,
+    config: &Config,
+    permit: &mut Permit,
+) -> Result<NamedTensor> {
     let Input { name, datatype, shape: Dims(dims), parameters, data } = input;
     check_length("an input's name", &name)?;
     let shown = quoted(&name);
-    let dtype = DataType::parse(&datatype).ok_or_else(|| unknown_datatype(&shown, &datatype))?;
+    let dtype = common::datatype(&shown, &datatype)?;
     let shape = Shape::from_wire(&dims).map_err(|error| Error::invalid(format!("input '{shown}': {error}")))?;
-    if dtype == DataType::Bytes && shape.elements() > config.max_string_elements {
-        let (found, max) = (shape.elements(), config.max_string_elements);
-        return Err(Error::too_large(format!("input '{shown}' has {found} strings, expected at most {max}")));
-    }
-    let size = parameters::of_input(parameters, &name, config)?;
+    strings.count(dtype, &shape)?;
+    let size = parameters::of_input(parameters, &name)?;
     let tensor = match (data, size) {
         (Some(data), None) => data::parse(&shown, dtype, shape, data.get(), config, permit)?,
-        (None, Some(size)) => binary::tensor(&shown, dtype, shape, tail.take(&shown, size)?, config)?,
+        (None, Some(size)) => binary::tensor(&shown, dtype, shape, tail.take(&shown, size)?)?,
         (found, _) => {
             let found = if found.is_some() { "both" } else { "neither" };
             return Err(Error::invalid(format!(
@@ -77,22 +82,10 @@ fn read_input(input: Input, tail: &mut Tail, config: &Config, permit: &mut Permi
     Ok(NamedTensor { name: name.into(), tensor })
 }
 
-fn read_output(output: Output, config: &Config) -> Result<Requested> {
+fn read_output(output: Output) -> Result<Requested> {
     check_length("an output's name", &output.name)?;
-    let binary = parameters::of_output(output.parameters, &output.name, config)?;
+    let binary = parameters::of_output(output.parameters, &output.name)?;
     Ok(Requested { name: output.name.into_owned(), binary })
-}
-
-fn unknown_datatype(input: &str, found: &str) -> Error {
-    let expected = DataType::ALL.map(DataType::name).join(", ");
-    Error::invalid(format!("input '{input}' has datatype '{}', expected one of {expected}", quoted(found)))
-}
-
-fn check_length(what: &str, text: &str) -> Result<()> {
-    if text.len() <= MAX_NAME_BYTES {
-        return Ok(());
-    }
-    Err(Error::invalid(format!("{what} has {} bytes, expected at most {MAX_NAME_BYTES}", text.len())))
 }
 
 /// Longest message of the JSON parser that is passed on whole: it may quote the client's own text.
@@ -140,6 +133,7 @@ mod tests {
 
     use super::*;
     use crate::error::Kind;
+    use crate::protocol::common::{MAX_INPUTS, MAX_OUTPUTS, MAX_STRING_ELEMENTS};
     use crate::request::{Budget, BudgetConfig};
 
     fn permit() -> Permit {
@@ -253,18 +247,26 @@ mod tests {
 
     #[test]
     fn counts_are_bounded() {
-        let config = Config::default();
         let inputs = |n: usize| {
             let one = r#"{"name":"x","shape":[1],"datatype":"INT8","data":[1]}"#;
             format!(r#"{{"inputs":[{}]}}"#, vec![one; n].join(","))
         };
-        assert_eq!(read(inputs(config.max_inputs)).unwrap().inputs.len(), config.max_inputs);
-        assert!(refused(inputs(config.max_inputs + 1)).contains("more than 64 inputs"));
+        assert_eq!(read(inputs(MAX_INPUTS)).unwrap().inputs.len(), MAX_INPUTS);
+        assert!(refused(inputs(MAX_INPUTS + 1)).contains("more than 64 inputs"));
         let outputs = |n: usize| format!(r#"{{"inputs":[],"outputs":[{}]}}"#, vec![r#"{"name":"y"}"#; n].join(","));
-        assert_eq!(read(outputs(config.max_outputs)).unwrap().outputs.len(), config.max_outputs);
-        assert!(refused(outputs(config.max_outputs + 1)).contains("more than 256 outputs"));
-        let strings = format!(r#""shape":[{}],"datatype":"BYTES","data":[]"#, config.max_string_elements + 1);
+        assert_eq!(read(outputs(MAX_OUTPUTS)).unwrap().outputs.len(), MAX_OUTPUTS);
+        assert!(refused(outputs(MAX_OUTPUTS + 1)).contains("more than 256 outputs"));
+        let strings = format!(r#""shape":[{}],"datatype":"BYTES","data":[]"#, MAX_STRING_ELEMENTS + 1);
         assert_eq!(read(input(&strings)).unwrap_err().kind(), Kind::TooLarge);
+        // Of all inputs together.
+        let half = MAX_STRING_ELEMENTS / 2 + 1;
+        let one = |name| {
+            let size = half * 4;
+            let parameters = format!(r#"{{"binary_data_size":{size}}}"#);
+            format!(r#"{{"name":"{name}","shape":[{half}],"datatype":"BYTES","parameters":{parameters}}}"#)
+        };
+        let read = |inputs: String| read_split(&format!(r#"{{"inputs":[{inputs}]}}"#), &vec![0; 2 * half * 4]);
+        assert_eq!(read(format!("{},{}", one("a"), one("b"))).unwrap_err().kind(), Kind::TooLarge);
     }
 
     #[test]

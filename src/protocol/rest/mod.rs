@@ -4,7 +4,7 @@
 //! `json` turns it into tensors, by way of `envelope`, `parameters`, `data`, `number` and `binary` · `answer` writes the
 //! response · `repository` lists what is there. Owns parsing, HTTP limits and texts. Knows nothing of the listener, of batching or of models.
 //!
-//! A body is not read before a permit holds its declared bytes. Work that may take more than about 500 µs runs on the
+//! No byte of a body is read before there is a permit for it. Work that may take more than about 500 µs runs on the
 //! CPU pool. No request needs a `Content-Type`, as real clients send none.
 
 mod answer;
@@ -28,12 +28,13 @@ use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;
 
+use super::common;
 use super::status::Status;
 use crate::engine::Engine;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind};
 use crate::request::{Origin, Protocol};
 
-/// Limits of the REST data port. All are checked before memory is taken for what they bound.
+/// Limits of the REST data port, besides those that all protocols share. All are checked before memory is taken for what they bound.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The request body as sent, as decompressed, and each of its tensors: 64 MiB, Triton's default.
@@ -48,18 +49,6 @@ pub struct Config {
     pub body_grace: Duration,
     /// The slowest a body may come, in bytes per second: 1024.
     pub min_body_rate: usize,
-    /// Inputs of a request: 64.
-    pub max_inputs: usize,
-    /// Requested outputs of a request: 256.
-    pub max_outputs: usize,
-    /// Parameters of a request, an input or an output: 64.
-    pub max_parameters: usize,
-    /// All parameters of a request, an input or an output, as JSON text: 256 KiB.
-    pub max_parameters_bytes: usize,
-    /// Elements of a BYTES tensor: 1 Mi.
-    pub max_string_elements: usize,
-    /// One element of a BYTES tensor: 16 MiB.
-    pub max_string_bytes: usize,
     /// Bytes parsed or formatted on the async thread; more go to the CPU pool: 128 KiB, about 500 µs of JSON numbers.
     pub inline_bytes: usize,
     /// The shortest response worth compressing: 1 KiB.
@@ -75,12 +64,6 @@ impl Default for Config {
             body_timeout: Duration::from_secs(30),
             body_grace: Duration::from_secs(5),
             min_body_rate: 1024,
-            max_inputs: 64,
-            max_outputs: 256,
-            max_parameters: 64,
-            max_parameters_bytes: 256 << 10,
-            max_string_elements: 1 << 20,
-            max_string_bytes: 16 << 20,
             inline_bytes: 128 << 10,
             min_compressed_bytes: 1 << 10,
         }
@@ -106,16 +89,9 @@ struct App {
 }
 
 impl App {
-    /// Runs `work` here where it is on few bytes, on the CPU pool where it is not.
-    async fn offload<T: Send + 'static>(
-        &self,
-        bytes: usize,
-        work: impl FnOnce() -> Result<T> + Send + 'static,
-    ) -> Result<T> {
-        if bytes <= self.config.inline_bytes {
-            return work();
-        }
-        self.engine.cpu().run(work).await?
+    /// Whether work on so many bytes belongs on the CPU pool.
+    fn is_long(&self, bytes: usize) -> bool {
+        bytes > self.config.inline_bytes
     }
 }
 
@@ -128,9 +104,6 @@ impl From<Error> for Refusal {
     }
 }
 
-/// Longest message of an error body, in bytes: it may list a model's inputs.
-const MAX_MESSAGE_BYTES: usize = 1000;
-
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         #[derive(Serialize)]
@@ -139,9 +112,8 @@ impl IntoResponse for Refusal {
         }
         let Refusal(error) = self;
         let status = Status::of(error.kind());
-        let message = error.message();
         let code = StatusCode::from_u16(status.http).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let mut response = json(code, &Body { error: &message[..message.floor_char_boundary(MAX_MESSAGE_BYTES)] });
+        let mut response = json(code, &Body { error: common::message(&error) });
         if let Some(seconds) = status.retry_after {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }

@@ -11,21 +11,13 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::Config;
 use super::json::malformed;
-use crate::error::{Error, Kind, Result, quoted};
-use crate::request::{MAX_NAME_BYTES, Priority};
+use crate::error::{Error, Result, quoted};
+use crate::protocol::common::{MAX_PARAMETERS, check_parameter, too_many};
+use crate::request::Priority;
 
-/// Extensions that are not offered, by the parameters that ask for them.
-const NOT_OFFERED: [&str; 7] = [
-    "sequence_id",
-    "sequence_start",
-    "sequence_end",
-    "shared_memory_region",
-    "shared_memory_byte_size",
-    "shared_memory_offset",
-    "classification",
-];
+/// All parameters of a request, an input or an output, as JSON text.
+const MAX_TEXT_BYTES: usize = 256 << 10;
 
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct OfRequest {
@@ -36,9 +28,9 @@ pub(super) struct OfRequest {
     pub binary_data_output: bool,
 }
 
-pub(super) fn of_request(raw: Option<&RawValue>, config: &Config) -> Result<OfRequest> {
+pub(super) fn of_request(raw: Option<&RawValue>) -> Result<OfRequest> {
     let mut found = OfRequest::default();
-    each(raw, "the request", config, |key, value| {
+    each(raw, "the request", |key, value| {
         match key {
             "timeout" => {
                 let micros = value.uint().ok_or_else(|| expected(key, "the request", "microseconds, 0 or more"))?;
@@ -59,10 +51,10 @@ pub(super) fn of_request(raw: Option<&RawValue>, config: &Config) -> Result<OfRe
 }
 
 /// The input's `binary_data_size`.
-pub(super) fn of_input(raw: Option<&RawValue>, input: &str, config: &Config) -> Result<Option<u64>> {
+pub(super) fn of_input(raw: Option<&RawValue>, input: &str) -> Result<Option<u64>> {
     let mut size = None;
     let owner = format!("input '{}'", quoted(input));
-    each(raw, &owner, config, |key, value| {
+    each(raw, &owner, |key, value| {
         if key == "binary_data_size" {
             size = Some(value.uint().ok_or_else(|| expected(key, &owner, "a number of bytes"))?);
         }
@@ -72,10 +64,10 @@ pub(super) fn of_input(raw: Option<&RawValue>, input: &str, config: &Config) -> 
 }
 
 /// The output's `binary_data`.
-pub(super) fn of_output(raw: Option<&RawValue>, output: &str, config: &Config) -> Result<Option<bool>> {
+pub(super) fn of_output(raw: Option<&RawValue>, output: &str) -> Result<Option<bool>> {
     let mut binary = None;
     let owner = format!("output '{}'", quoted(output));
-    each(raw, &owner, config, |key, value| {
+    each(raw, &owner, |key, value| {
         if key == "binary_data" {
             binary = Some(value.flag().ok_or_else(|| expected(key, &owner, "true or false"))?);
         }
@@ -88,21 +80,14 @@ fn expected(key: &str, owner: &str, expected: &str) -> Error {
     Error::invalid(format!("parameter `{key}` of {owner} is not as expected: {expected}"))
 }
 
-fn each(
-    raw: Option<&RawValue>,
-    owner: &str,
-    config: &Config,
-    mut visit: impl FnMut(&str, &Value) -> Result<()>,
-) -> Result<()> {
+fn each(raw: Option<&RawValue>, owner: &str, mut visit: impl FnMut(&str, &Value) -> Result<()>) -> Result<()> {
     let Some(raw) = raw else { return Ok(()) };
-    if raw.get().len() > config.max_parameters_bytes {
-        let max = config.max_parameters_bytes;
-        return Err(Error::invalid(format!("the parameters of {owner} are longer than {max} bytes")));
+    if raw.get().len() > MAX_TEXT_BYTES {
+        return Err(Error::invalid(format!("the parameters of {owner} are longer than {MAX_TEXT_BYTES} bytes")));
     }
     let Entries(entries) = serde_json::from_str(raw.get()).map_err(malformed)?;
-    if entries.len() > config.max_parameters {
-        let (found, max) = (entries.len(), config.max_parameters);
-        return Err(Error::invalid(format!("{owner} has {found} parameters, expected at most {max}")));
+    if entries.len() > MAX_PARAMETERS {
+        return Err(Error::invalid(too_many(MAX_PARAMETERS, &format!("parameters of {owner}"))));
     }
     let mut seen: Vec<&str> = Vec::with_capacity(entries.len());
     for (key, value) in &entries {
@@ -110,15 +95,7 @@ fn each(
             return Err(Error::invalid(format!("parameter `{}` of {owner} is given more than once", quoted(key))));
         }
         seen.push(key);
-        if key.len() > MAX_NAME_BYTES {
-            let found = key.len();
-            return Err(Error::invalid(format!(
-                "a parameter's name in {owner} has {found} bytes, expected at most {MAX_NAME_BYTES}"
-            )));
-        }
-        if NOT_OFFERED.contains(&&**key) && !value.is_off() {
-            return Err(Error::new(Kind::Unsupported, format!("parameter `{key}` of {owner} is not supported")));
-        }
+        check_parameter(key, value.is_off(), owner)?;
         visit(key, value)?;
     }
     Ok(())
@@ -214,13 +191,14 @@ impl<'de> Deserialize<'de> for Entries<'de> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Kind;
 
     fn raw(text: &str) -> Box<RawValue> {
         RawValue::from_string(text.to_string()).unwrap()
     }
 
     fn request(text: &str) -> Result<OfRequest> {
-        of_request(Some(&raw(text)), &Config::default())
+        of_request(Some(&raw(text)))
     }
 
     #[test]
@@ -233,10 +211,10 @@ mod tests {
         };
         assert_eq!(found.unwrap(), expected);
         assert_eq!(request(r#"{"timeout":0,"priority":0}"#).unwrap(), OfRequest::default());
-        assert_eq!(of_request(None, &Config::default()).unwrap(), OfRequest::default());
-        let size = of_input(Some(&raw(r#"{"binary_data_size":18446744073709551615}"#)), "x", &Config::default());
+        assert_eq!(of_request(None).unwrap(), OfRequest::default());
+        let size = of_input(Some(&raw(r#"{"binary_data_size":18446744073709551615}"#)), "x");
         assert_eq!(size.unwrap(), Some(u64::MAX));
-        assert_eq!(of_output(Some(&raw(r#"{"binary_data":false}"#)), "y", &Config::default()).unwrap(), Some(false));
+        assert_eq!(of_output(Some(&raw(r#"{"binary_data":false}"#)), "y").unwrap(), Some(false));
     }
 
     #[test]
@@ -259,7 +237,7 @@ mod tests {
         }
         for text in ["-1", "1.0", "\"1\"", "true", "18446744073709551616"] {
             let parameters = raw(&format!(r#"{{"binary_data_size":{text}}}"#));
-            assert!(of_input(Some(&parameters), "x", &Config::default()).is_err(), "{text}");
+            assert!(of_input(Some(&parameters), "x").is_err(), "{text}");
         }
     }
 
@@ -286,10 +264,10 @@ mod tests {
             let entries: Vec<String> = (0..n).map(|i| format!("\"p{i}\":0")).collect();
             format!("{{{}}}", entries.join(","))
         };
-        let config = Config::default();
-        request(&many(config.max_parameters)).unwrap();
-        assert!(request(&many(config.max_parameters + 1)).is_err());
+
+        request(&many(MAX_PARAMETERS)).unwrap();
+        assert!(request(&many(MAX_PARAMETERS + 1)).is_err());
         assert!(request(&format!(r#"{{"{}":0}}"#, "k".repeat(257))).is_err());
-        assert!(request(&format!(r#"{{"k":"{}"}}"#, "v".repeat(config.max_parameters_bytes))).is_err());
+        assert!(request(&format!(r#"{{"k":"{}"}}"#, "v".repeat(MAX_TEXT_BYTES))).is_err());
     }
 }

@@ -10,7 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::envelope::Object;
 use super::json::{check_depth, malformed};
 use super::{App, Refusal, json};
+use crate::engine::IndexEntry;
 use crate::error::{Error, Kind, Result};
+use crate::protocol::common;
 
 /// Longest body of a repository call, in bytes: it holds one flag.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -38,10 +40,9 @@ pub(super) async fn index(State(app): State<App>, body: Body) -> Result<Response
             Error::too_large(format!("the request body is cut short or longer than {MAX_BODY_BYTES} bytes"))
         })?;
     let filter = filter(&body, app.config.max_json_depth)?;
-    let entries = app.engine.index();
+    let entries: Vec<IndexEntry> = common::index(&app.engine, filter.ready).collect();
     let rows: Vec<Row> = entries
         .iter()
-        .filter(|entry| !filter.ready || entry.state == "READY")
         .map(|entry| Row {
             name: &entry.name,
             version: entry.version.map(|version| version.to_string()),

@@ -1,0 +1,124 @@
+//! What all protocols bound and say alike, so that none drifts from another: the limits of one request, the parameters
+//! that are not offered, texts of errors, and what every answer says of its origin.
+//!
+//! Pure. A count or a name over its limit is InvalidInput; what would take memory or time is TooLarge.
+
+use crate::engine::{Engine, IndexEntry};
+use crate::error::{Error, Kind, Result, quoted};
+use crate::request::{InferResponse, MAX_NAME_BYTES};
+use crate::tensor::{DataType, Shape, Tensor};
+
+pub(super) const MAX_INPUTS: usize = 64;
+/// Requested outputs.
+pub(super) const MAX_OUTPUTS: usize = 256;
+/// Of the request, of one input, and of one output.
+pub(super) const MAX_PARAMETERS: usize = 64;
+/// Elements of all BYTES inputs of a request together.
+pub(super) const MAX_STRING_ELEMENTS: usize = 1 << 20;
+/// One element of a BYTES input.
+pub(super) const MAX_STRING_BYTES: usize = 16 << 20;
+
+/// Extensions that are not offered, by the parameters that ask for them.
+const NOT_OFFERED: [&str; 7] = [
+    "sequence_id",
+    "sequence_start",
+    "sequence_end",
+    "shared_memory_region",
+    "shared_memory_byte_size",
+    "shared_memory_offset",
+    "classification",
+];
+
+/// Checks one parameter of `owner`. Those that would change the answer must not be ignored, unless they are switched
+/// off: clients send the default of a feature they don't use. All others are the caller's own.
+pub(super) fn check_parameter(key: &str, off: bool, owner: &str) -> Result<()> {
+    check_length(&format!("a parameter's name in {owner}"), key)?;
+    if NOT_OFFERED.contains(&key) && !off {
+        return Err(Error::new(Kind::Unsupported, format!("parameter `{key}` of {owner} is not supported")));
+    }
+    Ok(())
+}
+
+/// Bounds an id or a name.
+pub(super) fn check_length(what: &str, text: &str) -> Result<()> {
+    if text.len() <= MAX_NAME_BYTES {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("{what} has {} bytes, expected at most {MAX_NAME_BYTES}", text.len())))
+}
+
+pub(super) fn too_many(max: usize, what: &str) -> String {
+    format!("more than {max} {what}")
+}
+
+pub(super) fn datatype(input: &str, name: &str) -> Result<DataType> {
+    DataType::parse(name).ok_or_else(|| {
+        let expected = DataType::ALL.map(DataType::name).join(", ");
+        Error::invalid(format!("input '{input}' has datatype '{}', expected one of {expected}", quoted(name)))
+    })
+}
+
+/// The BYTES elements of a request, which are iterated over one by one, here and further down.
+#[derive(Default)]
+pub(super) struct Strings(usize);
+
+impl Strings {
+    /// Counts an input, before anything is allocated for it.
+    pub(super) fn count(&mut self, dtype: DataType, shape: &Shape) -> Result<()> {
+        if dtype == DataType::Bytes {
+            self.0 = self.0.saturating_add(shape.elements());
+        }
+        if self.0 > MAX_STRING_ELEMENTS {
+            return Err(Error::too_large(too_many(MAX_STRING_ELEMENTS, "BYTES elements in one request")));
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a tensor with a BYTES element over the limit.
+pub(super) fn check_longest(input: &str, tensor: &Tensor) -> Result<()> {
+    match tensor.strings().position(|element| element.len() > MAX_STRING_BYTES) {
+        None => Ok(()),
+        Some(index) => Err(Error::too_large(format!(
+            "element {index} of input '{input}' is longer than expected: at most {MAX_STRING_BYTES} bytes"
+        ))),
+    }
+}
+
+pub(super) fn expired() -> Error {
+    Error::new(Kind::DeadlineExceeded, "Request timeout expired")
+}
+
+/// An error's message as it is sent: it may list a model's inputs, and clients bound the headers they take.
+pub(super) fn message(error: &Error) -> &str {
+    const MAX_BYTES: usize = 1 << 10;
+    let message = error.message();
+    &message[..message.floor_char_boundary(MAX_BYTES)]
+}
+
+/// Which prediction this is, what made it, and where its time went: headers over HTTP, metadata over gRPC. All ASCII.
+pub(super) fn provenance(response: &InferResponse) -> [(&'static str, String); 4] {
+    [
+        ("x-prediction-id", response.prediction.to_string()),
+        ("x-model-version", response.version.to_string()),
+        ("x-model-digest", response.digest.to_string()),
+        ("server-timing", server_timing(response)),
+    ]
+}
+
+/// HTTP's `Server-Timing`: milliseconds by phase, `total` from admission.
+fn server_timing(response: &InferResponse) -> String {
+    let timings = &response.timings;
+    let phases = [
+        ("prepare", timings.prepare),
+        ("queue", timings.queue),
+        ("compute", timings.compute),
+        ("total", response.permit.arrived().elapsed()),
+    ];
+    phases.map(|(name, duration)| format!("{name};dur={:.3}", duration.as_secs_f64() * 1e3)).join(", ")
+}
+
+/// The repository's versions, or only those that serve.
+pub(super) fn index(engine: &Engine, only_ready: bool) -> impl Iterator<Item = IndexEntry> {
+    engine.index().into_iter().filter(move |entry| !only_ready || entry.state == "READY")
+}
