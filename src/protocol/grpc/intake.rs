@@ -194,7 +194,7 @@ impl<B: Body<Data = Bytes>> Body for Inward<B> {
             Poll::Ready(Some(Ok(frame))) => match frame.data_ref().map(|data| this.follow(data)) {
                 Some(Err(error)) => this.fail(error),
                 // Nobody is to be woken: `follow` looks at every poll.
-                Some(Ok(())) if this.received > LONG && this.framing.is_whole() => {
+                Some(Ok(())) if this.framing.is_whole() && (this.received > LONG || this.framing.is_compressed()) => {
                     this.last = Some(frame);
                     this.intake.state().held_back = true;
                     Poll::Pending
@@ -246,6 +246,11 @@ impl Framing {
 
     fn is_whole(&self) -> bool {
         self.filled == PREFIX && self.left == 0
+    }
+
+    /// How much a compressed message holds is not known before it is inflated.
+    fn is_compressed(&self) -> bool {
+        self.prefix[0] == 1
     }
 
     fn announced(&self) -> Result<usize> {
@@ -406,10 +411,12 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
     async fn a_long_message_is_decoded_in_a_place_of_its_own() {
-        for (length, waits) in [(LONG - PREFIX, false), (LONG, true)] {
+        for (length, compressed, waits) in [(LONG - PREFIX, false, false), (LONG, false, true), (1, true, true)] {
             let intake = Intake::new(None, None);
-            let body = Full::new(Bytes::from(message(length)));
-            let body = Inward::new(body, Framing::new(LONG, false), patience(Duration::MAX), intake.clone());
+            let mut wire = message(length);
+            wire[0] = u8::from(compressed);
+            let body = Full::new(Bytes::from(wire));
+            let body = Inward::new(body, Framing::new(LONG, compressed), patience(Duration::MAX), intake.clone());
             let places = Semaphore::new(0);
             let mut call = pin!(intake.follow(body.collect(), &places));
             let early = poll_fn(|cx| Poll::Ready(call.as_mut().poll(cx))).await;
