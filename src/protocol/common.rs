@@ -3,6 +3,8 @@
 //!
 //! Pure. A count or a name over its limit is InvalidInput; what would take memory or time is TooLarge.
 
+use bytes::Bytes;
+
 use crate::engine::{Engine, IndexEntry};
 use crate::error::{Error, Kind, Result, quoted};
 use crate::request::{InferResponse, MAX_NAME_BYTES};
@@ -116,6 +118,13 @@ fn server_timing(response: &InferResponse) -> String {
         ("total", response.permit.arrived().elapsed()),
     ];
     phases.map(|(name, duration)| format!("{name};dur={:.3}", duration.as_secs_f64() * 1e3)).join(", ")
+}
+
+/// The next bytes of an answer to hand to its connection. What a connection has taken waits there for a slow reader
+/// without a permit: little enough at once not to matter.
+pub(super) fn piece(rest: &mut Bytes) -> Bytes {
+    const MAX_BYTES: usize = 256 << 10;
+    rest.split_to(rest.len().min(MAX_BYTES))
 }
 
 /// The repository's versions, or only those that serve.

@@ -3,14 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::print_stderr, reason = "tests")]
 
 mod admission;
+mod agreement;
 mod batching;
 mod cli;
 mod deadlines;
 mod edges;
 mod faults;
 mod goldens;
+mod grpc;
 mod lifecycle;
 mod references;
+mod rest;
 mod soak;
 mod support;
 mod tidy;

@@ -7,7 +7,7 @@
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,6 +19,7 @@ use tonic::Status;
 
 use super::status_of;
 use crate::error::{Error, Kind, Result};
+use crate::protocol::common;
 use crate::request::Permit;
 
 /// Bytes in front of every gRPC message: a compression flag and a big-endian length.
@@ -288,30 +289,47 @@ pub(super) fn too_long(found: usize, limit: usize) -> Error {
 
 /// An answer's body, holding the request's place until it is written.
 pub(super) struct Outward {
-    pub inner: tonic::body::Body,
+    inner: tonic::body::Body,
+    /// Of the last frame: handed over piece by piece, as HTTP/2 asks for the next one before it has sent the last.
+    rest: Bytes,
     /// Its first frame takes long.
-    pub long: bool,
+    long: bool,
     /// Held, not read.
-    pub _permit: Permit,
+    _permit: Permit,
+}
+
+impl Outward {
+    pub(super) fn new(inner: tonic::body::Body, long: bool, permit: Permit) -> Outward {
+        Outward { inner, rest: Bytes::new(), long, _permit: permit }
+    }
 }
 
 impl Body for Outward {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if std::mem::take(&mut self.long) {
-            return at_length(|| Pin::new(&mut self.inner).poll_frame(cx));
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = self.get_mut();
+        if this.rest.is_empty() {
+            let long = std::mem::take(&mut this.long);
+            let mut next = || Pin::new(&mut this.inner).poll_frame(cx);
+            match ready!(if long { at_length(next) } else { next() }) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => this.rest = data,
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                end => return Poll::Ready(end),
+            }
         }
-        Pin::new(&mut self.inner).poll_frame(cx)
+        Poll::Ready(Some(Ok(Frame::data(common::piece(&mut this.rest)))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.rest.is_empty() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        if self.rest.is_empty() { self.inner.size_hint() } else { SizeHint::default() }
     }
 }
 

@@ -211,9 +211,7 @@ impl Grpc {
                 self.refuse(call, &error);
                 status_of(&error).into_http()
             }
-            (None, Some(permit)) => {
-                response.map(|inner| Body::new(Outward { inner, long: ending.long, _permit: permit }))
-            }
+            (None, Some(permit)) => response.map(|inner| Body::new(Outward::new(inner, ending.long, permit))),
             (None, None) => response,
         }
     }

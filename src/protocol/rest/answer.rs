@@ -1,7 +1,7 @@
 //! The response: JSON, or JSON and the bytes of the outputs asked for as binary; its headers; its compression.
 //!
-//! Binary outputs go out as they are, each a frame that shares the engine's buffer. The body owns the request's permit,
-//! so that a slow reader keeps its place in the server until it has read the answer.
+//! Binary outputs go out as they are, in pieces that share the engine's buffer. The body owns the request's permit, so
+//! that a slow reader keeps its place in the server until it has read the answer.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -185,7 +185,8 @@ fn text_length(tensor: &Tensor) -> usize {
     tensor.shape().elements().saturating_mul(per_element)
 }
 
-/// A body of ready frames that holds the request's permit until the last one is taken or the client has gone.
+/// A body of ready frames, none empty, that holds the request's permit until the last piece is taken or the client has
+/// gone.
 struct Frames {
     frames: VecDeque<Bytes>,
     _permit: Permit,
@@ -202,7 +203,11 @@ impl http_body::Body for Frames {
     type Error = Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Poll::Ready(self.frames.pop_front().map(|frame| Ok(Frame::data(frame))))
+        let piece = self.frames.front_mut().map(common::piece);
+        if self.frames.front().is_some_and(Bytes::is_empty) {
+            self.frames.pop_front();
+        }
+        Poll::Ready(piece.map(|piece| Ok(Frame::data(piece))))
     }
 
     fn is_end_stream(&self) -> bool {
