@@ -28,6 +28,7 @@ test: lint unit clients
 lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --release --locked --all-targets -- --deny warnings
+	$(CARGO) clippy --release --locked --no-default-features -- --deny warnings
 
 # Builds the binary too, with what the tests need: a separate build would compile half of the dependencies twice.
 unit: target/release/.onnxruntime

@@ -11,6 +11,7 @@ thread_local! {
 /// As `catch_unwind`, for a step whose panics become errors, or are resumed to somebody who logs them: while it runs,
 /// [`panics_are_answered`] here, so that the process's panic hook need not report what any client can provoke. The
 /// caller vouches that nothing which the step leaves half-done is used again.
+#[cfg_attr(not(feature = "tract"), allow(dead_code, reason = "the engine that panics on bad input"))]
 pub(super) fn answer_panics<T>(step: impl FnOnce() -> T) -> Result<T, Box<dyn Any + Send>> {
     let before = ANSWERED.replace(true);
     let outcome = catch_unwind(AssertUnwindSafe(step));
