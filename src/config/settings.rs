@@ -68,7 +68,11 @@ pub static SETTINGS: &[Setting] = &[
     file_only("limits.streams", "256", "concurrent HTTP/2 streams per connection"),
     file_only("timeouts.header", "10s", "how long a client may take to begin to speak, and to send a request's head"),
     file_only("timeouts.idle", "75s", "how long an HTTP/1 connection may be idle; longer than proxies keep theirs"),
-    file_only("timeouts.write", "30s", "how long a client may take nothing of an answer"),
+    file_only(
+        "timeouts.write",
+        "30s",
+        "how long a client may leave the socket no room for more of an answer; HTTP/2 flow control is not counted",
+    ),
     file_only("timeouts.body", "30s", "how long a client may take to send a request's body"),
 ];
 

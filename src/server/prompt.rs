@@ -2,8 +2,9 @@
 //!
 //! hyper's own header timeout starts only when it has told HTTP/1 from HTTP/2 by the first bytes, and then also runs
 //! while a kept-alive connection is idle. So hyper's is set to how long a connection may be idle, and this one bounds
-//! the rest: the first bytes after connecting, and every HTTP/1 request head once its first byte has come. An answer
-//! must make progress, or its client would hold its place, and the answer's memory, for as long as it likes.
+//! the rest: the first bytes after connecting, and an HTTP/1 request head once its first byte has come. The socket must
+//! take more of an answer from time to time, or its client would hold its place, and the answer's memory, for as long as
+//! it likes. What HTTP/2's own flow control holds back is not seen here.
 
 use std::future::Future;
 use std::io::{self, ErrorKind, IoSlice};
@@ -102,6 +103,8 @@ impl<S> PromptStream<S> {
         }
         match self.said {
             Said::Http2 => self.due = None,
+            // Empty lines before a head are none of it (RFC 9112 §2.2).
+            Said::Http1 if bytes.iter().all(|byte| b"\r\n".contains(byte)) => {}
             Said::Http1 if self.due.is_none() && self.heads.serving.load(Ordering::Relaxed) == 0 => {
                 let read = self.heads.read.load(Ordering::Relaxed);
                 self.due = Some((Box::pin(tokio::time::sleep(self.head_timeout)), read));
@@ -232,6 +235,8 @@ mod tests {
             // A body may take longer: it has a deadline of its own.
             assert!(tokio::time::timeout(3 * TIMEOUT, read(&mut stream)).await.is_err());
             drop(serving);
+            client.write_all(b"\r\n").await.unwrap();
+            read(&mut stream).await.unwrap();
             assert!(tokio::time::timeout(3 * TIMEOUT, read(&mut stream)).await.is_err());
         }
         client.write_all(b"G").await.unwrap();

@@ -506,6 +506,13 @@ async fn health_is_readiness_and_watching_follows_it() {
     }
     assert_eq!(health.check(about("nope")).await.unwrap_err().code(), Code::NotFound);
     assert_eq!(health.watch(about("nope")).await.unwrap_err().code(), Code::NotFound);
+    for encoding in [Gzip, Deflate] {
+        let mut compressed = HealthClient::new(channel.clone()).send_compressed(encoding);
+        let check = tokio::time::timeout(PATIENCE, compressed.check(about(SERVICE))).await.expect("an answer");
+        assert_eq!(check.unwrap().into_inner().status(), ServingStatus::Serving);
+        let watch = tokio::time::timeout(PATIENCE, compressed.watch(about("nope"))).await.expect("an answer");
+        assert_eq!(watch.unwrap_err().code(), Code::NotFound);
+    }
 
     let mut watches = Vec::new();
     for service in ["", SERVICE] {

@@ -195,12 +195,12 @@ impl Grpc {
                 intake.follow(call, &self.places).await
             }
             Call::Health => {
-                HealthServer::from_arc(Arc::clone(&self.health))
+                let call = HealthServer::from_arc(Arc::clone(&self.health))
                     .accept_compressed(Gzip)
                     .accept_compressed(Deflate)
                     .max_decoding_message_size(limit)
-                    .call(request)
-                    .await
+                    .call(request);
+                intake.follow(call, &self.places).await
             }
         };
         let ending = intake.end();
