@@ -71,7 +71,7 @@ pub static SETTINGS: &[Setting] = &[
     file_only(
         "timeouts.write",
         "30s",
-        "how long a client may leave the socket no room for more of an answer; HTTP/2 flow control is not counted",
+        "how long a client may take nothing of an answer that is ready for it; then its connection is closed",
     ),
     file_only("timeouts.body", "30s", "how long a client may take to send a request's body"),
 ];

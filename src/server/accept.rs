@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tower::ServiceExt;
 
 use super::prompt::{Heads, PromptStream};
+use super::untaken::Untaken;
 
 #[derive(Clone, Debug)]
 pub struct ConnectionLimits {
@@ -29,7 +30,7 @@ pub struct ConnectionLimits {
     pub header_timeout: Duration,
     /// How long a connection may be idle between requests. Longer than proxies keep theirs.
     pub idle_timeout: Duration,
-    /// How long a client may take none of an answer that is ready for it.
+    /// How long a client may take nothing of an answer that is ready for it.
     pub write_timeout: Duration,
 }
 
@@ -39,9 +40,14 @@ const MAX_HEAD_BYTES: usize = 16 << 10;
 /// How long a connection may stay silent before HTTP/2 asks whether anybody is there, and how long it waits then.
 const PING_AFTER: Duration = Duration::from_secs(60);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long connections are served on once the drain begins, before hyper closes those that it takes for idle: a request
-/// may lie in a socket unread. No less than a turn of the reactor, in which the sockets report it.
+/// How long connections are accepted and served on once the drain begins, before hyper closes those that it takes for
+/// idle: a connection may wait in the kernel, a request lie in a socket unread. No less than a turn of the reactor, in
+/// which the sockets report it.
 const LAST_LOOK: Duration = Duration::from_millis(20);
+/// Bytes that the kernel takes for a client ahead of what it has sent it. Without a bound it takes megabytes, and says
+/// that there is room for more only when a third of them are gone: long after a slow reader has taken something.
+#[cfg(target_os = "linux")]
+const SEND_AHEAD: u32 = 256 << 10;
 /// Pause after an accept error such as exhausted file descriptors, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -64,7 +70,7 @@ impl Connections {
         Connections { tasks: Arc::default(), accepting: Mutex::default() }
     }
 
-    /// Accepts on `listener` until `draining` turns true.
+    /// Accepts on `listener` until `draining` turns true, and then what waits in the kernel while there are places.
     pub(super) fn accept(
         &self,
         listener: TcpListener,
@@ -78,7 +84,7 @@ impl Connections {
         let tasks = Arc::clone(&self.tasks);
         lock(&self.accepting).spawn(async move {
             tokio::select! {
-                () = super::told(&mut stop) => {}
+                () = looked_again(&mut stop) => {}
                 () = accept_forever(listener, tasks, connection) => {}
             }
         });
@@ -97,6 +103,12 @@ impl Connections {
         tasks.shutdown().await;
         left
     }
+}
+
+/// Completes a last look after the drain has begun.
+async fn looked_again(draining: &mut watch::Receiver<bool>) {
+    super::told(draining).await;
+    tokio::time::sleep(LAST_LOOK).await;
 }
 
 /// Nothing that holds these locks can panic half-way: they are sets of tasks.
@@ -160,39 +172,99 @@ struct Connection {
 
 impl Connection {
     async fn serve(mut self, stream: TcpStream) {
-        // Small answers must not wait for a client's delayed acknowledgement.
-        let _ = stream.set_nodelay(true);
-        let heads = Arc::<Heads>::default();
+        set_options(&stream);
+        let (heads, untaken) = (Arc::<Heads>::default(), Arc::<Untaken>::default());
         let stream = PromptStream::new(stream, &self.limits, Arc::clone(&heads));
-        let (router, begun) = (self.router, Arc::clone(&heads));
+        let (router, begun, given) = (self.router, Arc::clone(&heads), Arc::clone(&untaken));
         let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
-            let (router, serving) = (router.clone(), begun.begin());
+            let (router, serving, given) = (router.clone(), begun.begin(), Arc::clone(&given));
             async move {
                 let answered = router.oneshot(request.map(axum::body::Body::new)).await;
-                drop(serving);
-                Ok::<_, Infallible>(answered.unwrap_or_else(|never| match never {}))
+                let answer = answered.unwrap_or_else(|never| match never {});
+                Ok::<_, Infallible>(answer.map(|body| given.follow(body, serving)))
             }
         });
         let serving = self.builder.serve_connection(TokioIo::new(stream), service);
         tokio::pin!(serving);
-        let looked_again = async {
-            super::told(&mut self.draining).await;
-            tokio::time::sleep(LAST_LOOK).await;
+        let until_drained = async {
+            tokio::select! {
+                // What the same turn of the reactor brought is read first.
+                biased;
+                ended = serving.as_mut() => return ended,
+                () = looked_again(&mut self.draining) => {}
+            }
+            if !heads.decided() {
+                return Ok(());
+            }
+            serving.as_mut().graceful_shutdown();
+            serving.await
         };
         let ended = tokio::select! {
-            // What the same turn of the reactor brought is read first.
             biased;
-            ended = serving.as_mut() => ended,
-            () = looked_again => {
-                if !heads.decided() {
-                    return;
-                }
-                serving.as_mut().graceful_shutdown();
-                serving.await
-            }
+            ended = until_drained => ended,
+            () = untaken.stands_still(self.limits.write_timeout) => Err("an answer was not taken in time".into()),
         };
         if let Err(error) = ended {
             tracing::debug!(%error, wire = ?self.wire, "a connection ended early");
         }
+    }
+}
+
+/// Neither can fail in a way that matters: the connection is slower, or its client's progress is seen later.
+fn set_options(stream: &TcpStream) {
+    // Small answers must not wait for a client's delayed acknowledgement.
+    let _ = stream.set_nodelay(true);
+    #[cfg(target_os = "linux")]
+    let _ = socket2::SockRef::from(stream).set_tcp_notsent_lowat(SEND_AHEAD);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    const LIMITS: ConnectionLimits = ConnectionLimits {
+        connections: 8,
+        streams: 8,
+        header_timeout: PATIENCE,
+        idle_timeout: PATIENCE,
+        write_timeout: PATIENCE,
+    };
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    #[tokio::test]
+    async fn a_connection_that_waits_in_the_kernel_when_the_drain_begins_is_served() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n").await.unwrap();
+        let (_drain, draining) = watch::channel(true);
+        let connections = Connections::new();
+        let router = Router::new().route("/", get(|| async { "served" }));
+        connections.accept(listener, Wire::Http, router, &LIMITS, draining);
+        assert_eq!(connections.finish(Instant::now() + PATIENCE).await, 0);
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.ends_with("served"), "{answer}");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn a_slow_reader_is_seen_to_take_something() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        // Of a fixed size: the kernel would take more for a client that reads.
+        socket2::SockRef::from(&client).set_recv_buffer_size(64 << 10).unwrap();
+        let (server, _) = listener.accept().await.unwrap();
+        set_options(&server);
+        let has_room = async || tokio::time::timeout(Duration::from_millis(50), server.writable()).await.is_ok();
+        while has_room().await {
+            while server.try_write(&[0; 64 << 10]).is_ok() {}
+        }
+        let mut taken = 0;
+        while !has_room().await {
+            taken += client.read(&mut [0; 16 << 10]).await.unwrap();
+        }
+        assert!(taken <= 2 * SEND_AHEAD as usize, "room was made only after {taken} bytes");
     }
 }

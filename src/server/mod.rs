@@ -11,6 +11,7 @@ mod accept;
 mod observe;
 mod plane;
 mod prompt;
+mod untaken;
 
 use std::future::Future;
 use std::net::SocketAddr;

@@ -2,9 +2,10 @@
 //!
 //! hyper's own header timeout starts only when it has told HTTP/1 from HTTP/2 by the first bytes, and then also runs
 //! while a kept-alive connection is idle. So hyper's is set to how long a connection may be idle, and this one bounds
-//! the rest: the first bytes after connecting, and an HTTP/1 request head once its first byte has come. The socket must
-//! take more of an answer from time to time, or its client would hold its place, and the answer's memory, for as long as
-//! it likes. What HTTP/2's own flow control holds back is not seen here.
+//! the rest: the first bytes after connecting, and an HTTP/1 request head once its first byte has come. A head begun
+//! while another request is being served cannot be told from that one's body here: it has hyper's time. The socket must
+//! take more from time to time, or its client would hold its place, and what is written for it, for as long as it likes.
+//! What HTTP/2's own flow control holds back is seen by `untaken`.
 
 use std::future::Future;
 use std::io::{self, ErrorKind, IoSlice};
@@ -27,14 +28,14 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 pub(super) struct Heads {
     /// Request heads that were read whole.
     read: AtomicUsize,
-    /// Requests being served.
+    /// Requests whose answers are not written yet.
     serving: AtomicUsize,
     /// The protocol is known.
     decided: AtomicBool,
 }
 
 impl Heads {
-    /// A request's head was read; the guard lives while it is served.
+    /// A request's head was read; the guard lives until its answer is written.
     pub(super) fn begin(self: &Arc<Self>) -> Serving {
         self.serving.fetch_add(1, Ordering::Relaxed);
         self.read.fetch_add(1, Ordering::Relaxed);

@@ -577,6 +577,18 @@ async fn a_slow_reader_keeps_its_place_until_it_has_its_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_reader_that_takes_nothing_loses_its_place() {
+    const ROWS: usize = 1 << 20;
+    let (_models, server) = echo_server(&[("timeouts.write", "50ms")]);
+    let mut http2 = Http2::connect(server.addresses.grpc).await;
+    let message = Frames::of(framed(0, &echo(ROWS).encode_to_vec()));
+    // The connection answers pings, but the stream's window stays shut.
+    let answer = timeout(PATIENCE, http2.begin("POST", INFER, &GRPC, message)).await.expect("an answer");
+    server.eventually("every place is free", is_at_rest);
+    assert!(timeout(PATIENCE, answer.into_body().collect()).await.expect("an end").is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_client_that_leaves_frees_its_place() {
     let (_models, server) = echo_server(&[]);
     let half = framed(0, &echo(1).encode_to_vec()).slice(..20);
