@@ -56,13 +56,14 @@ fn request(fake: &Fake) -> InferRequest {
         timeout: None,
         priority: Priority::default(),
         route_key: None,
-        origin: ORIGIN,
     }
 }
 
 async fn infer(engine: &Engine, request: InferRequest) {
-    let permit = engine.admit(ORIGIN, 32).unwrap();
-    engine.infer(request, permit).await.unwrap();
+    let trace = engine.begin(ORIGIN);
+    let permit = engine.admit(&trace, 32).unwrap();
+    engine.infer(&trace, request, permit).await.unwrap();
+    trace.finish(None);
 }
 
 pub fn group() {

@@ -1,4 +1,4 @@
-//! The one error of the request path: a closed [`Kind`], whose fault it is, and a message fit for the client.
+//! The one error of the request path: a closed [`Kind`] and a message fit for the client.
 //!
 //! Messages name the thing, what was found and what was expected; they carry no path, no secret and no more of the
 //! client's bytes than [`quoted`] lets through. `protocol/status` maps a kind to HTTP and gRPC; `monitor` uses it as a
@@ -31,14 +31,6 @@ pub enum Kind {
     DeadlineExceeded,
 }
 
-/// Who has to change something for the request to succeed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    Client,
-    Model,
-    Server,
-}
-
 impl Kind {
     pub const ALL: [Kind; 17] = [
         Kind::InvalidInput,
@@ -59,25 +51,6 @@ impl Kind {
         Kind::NotReady,
         Kind::DeadlineExceeded,
     ];
-
-    pub fn fault(self) -> Fault {
-        match self {
-            Kind::BackendFailed => Fault::Model,
-            Kind::Internal | Kind::Overloaded | Kind::NotReady | Kind::DeadlineExceeded => Fault::Server,
-            Kind::InvalidInput
-            | Kind::Unauthenticated
-            | Kind::Forbidden
-            | Kind::NotFound
-            | Kind::MethodNotAllowed
-            | Kind::RequestTimeout
-            | Kind::Conflict
-            | Kind::TooLarge
-            | Kind::UnsupportedMedia
-            | Kind::RateLimited
-            | Kind::Cancelled
-            | Kind::Unsupported => Fault::Client,
-        }
-    }
 
     /// The value of the metric label `kind`.
     pub fn label(self) -> &'static str {

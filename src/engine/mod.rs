@@ -1,6 +1,7 @@
 //! The request path. [`Engine::infer`] is the whole of it: one line per stage, the same for every protocol.
 //!
-//! Owns admission, the choice of a version, and the guarantee that every request that was begun is recorded once.
+//! Owns admission, the choice of a version, and the [`Trace`], by which every call that was begun is named and recorded
+//! once.
 //! Knows nothing of wire formats, batching or engines. Runs on the I/O runtime and never blocks it.
 
 mod describe;
@@ -12,17 +13,16 @@ use std::time::Instant;
 use tokio::sync::watch;
 
 use crate::error::{Error, Kind, Result};
-use crate::monitor::{Monitor, events};
+use crate::monitor::Monitor;
 use crate::pool::Pool;
 use crate::registry::{Registry, Version};
 use crate::request::{
-    Budget, BudgetConfig, InferRequest, InferResponse, NamedTensor, Origin, Permit, Phase, PredictionId, Prepared,
-    Timings,
+    Budget, BudgetConfig, InferRequest, InferResponse, NamedTensor, Origin, Permit, Phase, Prepared, Timings,
 };
 use crate::scheduler::Answer;
 
 pub use describe::{IndexEntry, ModelInfo};
-use trace::Trace;
+pub use trace::Trace;
 
 pub struct Engine {
     registry: Arc<Registry>,
@@ -43,37 +43,31 @@ impl Engine {
         Engine { registry, monitor, budget: Budget::new(budget), phase, cpu }
     }
 
+    /// Begins an inference call, before anything of it is read: deadlines and durations count from here.
+    pub fn begin(&self, origin: Origin) -> Trace {
+        Trace::begin(&self.monitor, origin)
+    }
+
     /// Takes a place for a request before its body is read. `declared_bytes` is what the client says it will send, 0
     /// where it does not say: it must fit now, and is reserved only as it arrives, by the protocol.
-    pub fn admit(&self, origin: Origin, declared_bytes: usize) -> Result<Permit> {
+    pub fn admit(&self, trace: &Trace, declared_bytes: usize) -> Result<Permit> {
         let phase = self.phase();
-        let admitted = if phase.admits() {
-            self.budget.admit(declared_bytes, Instant::now())
-        } else {
-            Err(Error::new(Kind::NotReady, format!("server is not taking requests: it is {}", phase.label())))
-        };
-        admitted.inspect_err(|error| self.refuse(origin, error))
+        if !phase.admits() {
+            let message = format!("server is not taking requests: it is {}", phase.label());
+            return Err(Error::new(Kind::NotReady, message));
+        }
+        self.budget.admit(declared_bytes, trace.arrived())
     }
 
-    /// Records a request that was refused before it reached [`Engine::infer`].
-    pub fn refuse(&self, origin: Origin, error: &Error) {
-        events::RequestRefused { kind: error.kind(), protocol: origin.protocol }.emit(&self.monitor);
-    }
-
-    pub async fn infer(&self, request: InferRequest, permit: Permit) -> Result<InferResponse> {
-        let mut trace = Trace::start(&self.monitor, request.origin, permit.arrived());
-        let outcome = self.serve(request, permit, &mut trace).await;
-        trace.finish(&outcome);
-        outcome
-    }
-
-    async fn serve(&self, mut request: InferRequest, permit: Permit, trace: &mut Trace<'_>) -> Result<InferResponse> {
+    pub async fn infer(&self, trace: &Trace, mut request: InferRequest, permit: Permit) -> Result<InferResponse> {
         let version = self.registry.table().choose(&request.model)?;
         trace.chose(&version);
         let id = std::mem::take(&mut request.id);
         let prepared = Prepared::check(request, &permit, version.signature(), version.batching())?;
-        let reply = Reply { id, wanted: prepared.outputs.clone(), arrived: permit.arrived(), prepared: Instant::now() };
-        version.scheduler().submit(prepared, permit).await.map(|answer| reply.fill(answer, &version))
+        let reply = Reply { id, wanted: prepared.outputs.clone(), prepared: Instant::now() };
+        let answer = version.scheduler().submit(prepared, permit).await?;
+        trace.answered(answer.timings);
+        Ok(reply.fill(answer, &version, trace))
     }
 
     /// The pool for work on bodies too big for an I/O thread.
@@ -100,12 +94,11 @@ struct Reply {
     id: String,
     /// Positions of the requested outputs in the signature.
     wanted: Vec<usize>,
-    arrived: Instant,
     prepared: Instant,
 }
 
 impl Reply {
-    fn fill(self, answer: Answer, version: &Version) -> InferResponse {
+    fn fill(self, answer: Answer, version: &Version, trace: &Trace) -> InferResponse {
         let Answer { outputs, timings, mut permit } = answer;
         // The inputs are gone: a slow reader of the answer keeps its place, but no bytes.
         permit.release_bytes();
@@ -113,12 +106,12 @@ impl Reply {
         let names = self.wanted.iter().map(|position| Arc::clone(&specs[*position].name));
         InferResponse {
             id: self.id,
-            prediction: PredictionId(uuid::Uuid::now_v7().as_u128()),
+            prediction: trace.prediction(),
             model: Arc::clone(version.name()),
             version: version.id(),
             digest: Arc::clone(version.digest()),
             outputs: names.zip(outputs).map(|(name, tensor)| NamedTensor { name, tensor }).collect(),
-            timings: Timings { prepare: self.prepared.saturating_duration_since(self.arrived), ..timings },
+            timings: Timings { prepare: self.prepared.saturating_duration_since(trace.arrived()), ..timings },
             permit,
         }
     }

@@ -1,49 +1,115 @@
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind};
 use crate::monitor::{Monitor, events};
 use crate::registry::Version;
-use crate::request::{InferResponse, Origin};
+use crate::request::{Origin, PredictionId, Timings, VersionId};
 
-/// Records one request exactly once: with its outcome, or as cancelled where the caller left and the guard is dropped.
-pub(super) struct Trace<'a> {
-    monitor: &'a Monitor,
+/// One inference call, from its head to its answer: which prediction it is, what answers it, and its one record.
+///
+/// The protocol begins it before it reads anything, and finishes it with what the client gets; the engine notes in it
+/// what happens in between. Dropped unfinished, it is recorded as cancelled: the caller left.
+pub struct Trace {
+    monitor: Arc<Monitor>,
     origin: Origin,
-    started: Instant,
-    version: Option<Arc<Version>>,
-    finished: bool,
+    prediction: PredictionId,
+    arrived: Instant,
+    version: OnceLock<Arc<Version>>,
+    timings: OnceLock<Timings>,
+    recorded: AtomicBool,
 }
 
-impl<'a> Trace<'a> {
-    pub(super) fn start(monitor: &'a Monitor, origin: Origin, started: Instant) -> Self {
-        Trace { monitor, origin, started, version: None, finished: false }
+impl Trace {
+    pub(super) fn begin(monitor: &Arc<Monitor>, origin: Origin) -> Trace {
+        Trace {
+            monitor: Arc::clone(monitor),
+            origin,
+            prediction: PredictionId(uuid::Uuid::now_v7().as_u128()),
+            arrived: Instant::now(),
+            version: OnceLock::new(),
+            timings: OnceLock::new(),
+            recorded: AtomicBool::new(false),
+        }
     }
 
-    pub(super) fn chose(&mut self, version: &Arc<Version>) {
-        self.version = Some(Arc::clone(version));
+    pub fn prediction(&self) -> PredictionId {
+        self.prediction
     }
 
-    pub(super) fn finish(mut self, outcome: &Result<InferResponse>) {
-        self.finished = true;
-        self.record(outcome.as_ref().map(|response| &response.timings).map_err(|error| error.kind()));
+    /// The version that was chosen to answer, and the digest of its artifact.
+    pub fn chosen(&self) -> Option<(VersionId, &str)> {
+        self.version.get().map(|version| (version.id(), &**version.digest()))
     }
 
-    fn record(&self, outcome: Result<&crate::request::Timings, Kind>) {
+    /// Records how the call ended: with the engine's answer, or with the error that the client gets instead. Only the
+    /// first word counts.
+    pub fn finish(&self, failure: Option<&Error>) {
+        // A call that ends without either has been lost by us.
+        let answer = || self.timings.get().ok_or(Kind::Internal);
+        self.record(failure.map_or_else(answer, |error| Err(error.kind())));
+    }
+
+    pub(super) fn arrived(&self) -> Instant {
+        self.arrived
+    }
+
+    pub(super) fn chose(&self, version: &Arc<Version>) {
+        self.version.get_or_init(|| Arc::clone(version));
+    }
+
+    pub(super) fn answered(&self, timings: Timings) {
+        self.timings.get_or_init(|| timings);
+    }
+
+    fn record(&self, outcome: Result<&Timings, Kind>) {
+        if self.recorded.swap(true, Ordering::Relaxed) {
+            return;
+        }
         events::RequestFinished {
-            version: self.version.as_ref().map(|version| version.monitor().as_ref()),
+            version: self.version.get().map(|version| version.monitor().as_ref()),
+            prediction: self.prediction,
             protocol: self.origin.protocol,
             outcome,
-            duration: self.started.elapsed(),
+            duration: self.arrived.elapsed(),
         }
-        .emit(self.monitor);
+        .emit(&self.monitor);
     }
 }
 
-impl Drop for Trace<'_> {
+impl Drop for Trace {
     fn drop(&mut self) {
-        if !self.finished {
-            self.record(Err(Kind::Cancelled));
-        }
+        self.record(Err(Kind::Cancelled));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::Protocol;
+
+    #[test]
+    fn a_call_is_recorded_once_as_what_the_client_got() {
+        let monitor = Monitor::new();
+        let begin = || Trace::begin(&monitor, Origin { protocol: Protocol::Grpc });
+        let refused = |kind: Kind| {
+            let series = format!("tidegate_requests_refused_total{{kind=\"{}\",protocol=\"grpc\"}} ", kind.label());
+            let text = monitor.render();
+            let line = text.lines().find(|line| line.starts_with(&series)).expect("the series");
+            line[series.len()..].parse::<f64>().unwrap()
+        };
+        let first = begin();
+        let second = begin();
+        assert_ne!(first.prediction(), second.prediction());
+        first.finish(Some(&Error::not_found("no such model")));
+        first.finish(Some(&Error::invalid("too late to matter")));
+        drop(first);
+        let counts = || [Kind::NotFound, Kind::InvalidInput, Kind::Cancelled, Kind::Internal].map(refused);
+        assert_eq!(counts(), [1.0, 0.0, 0.0, 0.0]);
+        drop(second);
+        assert_eq!(counts(), [1.0, 0.0, 1.0, 0.0], "the caller left");
+        begin().finish(None);
+        assert_eq!(counts(), [1.0, 0.0, 1.0, 1.0], "neither answered nor refused");
     }
 }

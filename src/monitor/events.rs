@@ -6,24 +6,26 @@ use std::time::Duration;
 
 use super::{Info, Monitor, VersionMonitor, names};
 use crate::error::Kind;
-use crate::request::{Protocol, Timings, VersionId};
+use crate::request::{PredictionId, Protocol, Timings, VersionId};
 
-/// The engine's end of every request that named a known model.
+/// The end of every inference call.
 pub struct RequestFinished<'a> {
     /// `None`: refused before a version was chosen.
     pub version: Option<&'a VersionMonitor>,
+    pub prediction: PredictionId,
     pub protocol: Protocol,
     pub outcome: Result<&'a Timings, Kind>,
-    /// From admission.
+    /// From the call's head, read just before admission.
     pub duration: Duration,
 }
 
 impl RequestFinished<'_> {
     pub fn emit(self, monitor: &Monitor) {
-        let RequestFinished { version, protocol, outcome, duration } = self;
+        let RequestFinished { version, prediction, protocol, outcome, duration } = self;
         match (version, outcome) {
             (None, Ok(_)) => debug_assert!(false, "a request without a version cannot be answered"),
-            (None, Err(kind)) => RequestRefused { kind, protocol }.emit(monitor),
+            // No label of it comes from the client.
+            (None, Err(kind)) => monitor.refused[protocol as usize][kind as usize].increment(1),
             (Some(version), Ok(timings)) => {
                 version.handles.requests(protocol, None).increment(1);
                 version.handles.request_duration(protocol).record(duration.as_secs_f64());
@@ -33,24 +35,13 @@ impl RequestFinished<'_> {
                 version.handles.requests(protocol, Some(kind)).increment(1);
                 if kind == Kind::Internal {
                     tracing::error!(
-                        model = %version.model, version = %version.version, protocol = protocol.label(),
+                        model = %version.model, version = %version.version, %prediction,
+                        protocol = protocol.label(),
                         "request failed by a defect of the server"
                     );
                 }
             }
         }
-    }
-}
-
-/// A request refused before a version was chosen: no label of it comes from the client.
-pub struct RequestRefused {
-    pub kind: Kind,
-    pub protocol: Protocol,
-}
-
-impl RequestRefused {
-    pub fn emit(self, monitor: &Monitor) {
-        monitor.refused[self.protocol as usize][self.kind as usize].increment(1);
     }
 }
 

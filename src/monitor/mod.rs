@@ -283,7 +283,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::{Protocol, Timings};
+    use crate::request::{PredictionId, Protocol, Timings};
     use crate::tensor::Shape;
     use events::*;
     use std::collections::HashMap;
@@ -386,6 +386,7 @@ mod tests {
         for outcome in [Ok(&timings), Err(Kind::DeadlineExceeded)] {
             RequestFinished {
                 version: Some(&version),
+                prediction: PredictionId(1),
                 protocol: Protocol::Grpc,
                 outcome,
                 duration: Duration::from_millis(3),
@@ -394,6 +395,7 @@ mod tests {
         }
         RequestFinished {
             version: None,
+            prediction: PredictionId(2),
             protocol: Protocol::Http,
             outcome: Err(Kind::NotFound),
             duration: Duration::ZERO,

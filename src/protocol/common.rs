@@ -1,11 +1,12 @@
 //! What all protocols bound and say alike, so that none drifts from another: the limits of one request, the parameters
-//! that are not offered, texts of errors, and what every answer says of its origin.
+//! that are not offered, texts of errors, and what every answer and every refusal says of its origin.
 //!
 //! Pure. A count or a name over its limit is InvalidInput; what would take memory or time is TooLarge.
 
 use bytes::Bytes;
+use http::{HeaderMap, HeaderValue};
 
-use crate::engine::{Engine, IndexEntry};
+use crate::engine::{Engine, IndexEntry, Trace};
 use crate::error::{Error, Kind, Result, quoted};
 use crate::request::{InferResponse, MAX_NAME_BYTES};
 use crate::tensor::{DataType, Shape, Tensor};
@@ -98,18 +99,26 @@ pub(super) fn message(error: &Error) -> &str {
     &message[..message.floor_char_boundary(MAX_BYTES)]
 }
 
-/// Which prediction this is, what made it, and where its time went: headers over HTTP, metadata over gRPC. All ASCII.
-pub(super) fn provenance(response: &InferResponse) -> [(&'static str, String); 4] {
-    [
-        ("x-prediction-id", response.prediction.to_string()),
-        ("x-model-version", response.version.to_string()),
-        ("x-model-digest", response.digest.to_string()),
-        ("server-timing", server_timing(response)),
-    ]
+/// Says of an answer or a refusal which prediction it is and, once a version was chosen, what made it: headers over
+/// HTTP, metadata over gRPC.
+pub(super) fn provenance(trace: &Trace, headers: &mut HeaderMap) {
+    let mut say = |name, value: &str| {
+        // All are ASCII; one that were not would be left out rather than fail the answer.
+        if let Ok(value) = HeaderValue::try_from(value) {
+            headers.insert(name, value);
+        }
+    };
+    say("x-prediction-id", &trace.prediction().to_string());
+    if let Some((version, digest)) = trace.chosen() {
+        say("x-model-version", &version.to_string());
+        say("x-model-digest", digest);
+    }
 }
 
-/// HTTP's `Server-Timing`: milliseconds by phase, `total` from admission.
-fn server_timing(response: &InferResponse) -> String {
+pub(super) const SERVER_TIMING: &str = "server-timing";
+
+/// HTTP's `Server-Timing`, as metadata over gRPC too: milliseconds by phase, `total` from admission. ASCII.
+pub(super) fn server_timing(response: &InferResponse) -> String {
     let timings = &response.timings;
     let phases = [
         ("prepare", timings.prepare),

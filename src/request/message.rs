@@ -100,7 +100,6 @@ pub struct InferRequest {
     pub priority: Priority,
     /// What a canary splits by; unused until rollouts exist, carried so that protocols need no change then.
     pub route_key: Option<String>,
-    pub origin: Origin,
 }
 
 /// Identifies one prediction for feedback and audit: the caller's id is echoed apart from it.

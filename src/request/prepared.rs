@@ -180,7 +180,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::request::{Budget, BudgetConfig, ModelRef, Origin, Protocol};
+    use crate::request::{Budget, BudgetConfig, ModelRef};
     use crate::tensor::{DataType, Dim};
 
     fn spec(name: &str, dims: &[i64]) -> TensorSpec {
@@ -216,7 +216,6 @@ mod tests {
             timeout: None,
             priority: Priority::default(),
             route_key: None,
-            origin: Origin { protocol: Protocol::Http },
         };
         Prepared::check(request, &permit, signature, batching)
     }

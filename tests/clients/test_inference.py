@@ -215,6 +215,22 @@ def test_provenance_headers(models):
     assert again.headers["x-prediction-id"] != response.headers["x-prediction-id"]
 
 
+def test_refusals_say_which_prediction_they_were_and_who_answered(traps):
+    wrong = {"inputs": [json_input("x", np.zeros((1, 3), np.float32))]}
+    grpc_wrong = raw_request("sentinel", "x", "FP32", [1, 3], raw=bytes(12))
+    grpc_unknown = raw_request("nothing", "x", "FP32", [1, 3], raw=bytes(12))
+    refused = [traps.post(f"/v2/models/{name}/infer", wrong).headers for name in ("sentinel", "nothing")]
+    with grpc.insecure_channel(traps.grpc) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for request in (grpc_wrong, grpc_unknown):
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.ModelInfer(request, timeout=CALL_SECONDS)
+            refused.append(dict(caught.value.initial_metadata()) | dict(caught.value.trailing_metadata()))
+    assert len({said["x-prediction-id"] for said in refused}) == len(refused)
+    assert [said.get("x-model-version") for said in refused] == ["1", None, "1", None]
+    assert DIGEST.fullmatch(refused[0]["x-model-digest"]) and refused[0]["x-model-digest"] == refused[2]["x-model-digest"]
+
+
 def test_server_timing(traps):
     """Durations in milliseconds, by phase (W3C Server-Timing)."""
     timing = traps.infer("sentinel", {"x": X}).headers["server-timing"]

@@ -1,7 +1,7 @@
 //! The gRPC port as clients see it: the generated one, and hand-made frames over HTTP/2 where that one is too well
 //! behaved.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::pin::Pin;
@@ -483,6 +483,57 @@ async fn a_full_server_refuses_before_it_reads() {
     server.eventually("the place is free", is_at_rest);
     assert!(client.model_infer(echo(1)).await.is_ok());
     assert_eq!((refused(&server, "grpc", "overloaded"), refused(&server, "http", "overloaded")), (1.0, 1.0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn refusals_say_which_prediction_they_were_and_who_answered() {
+    let (_models, server) = echo_server(&[("limits.requests", "1")]);
+    let about = server.get("/v2/models/identity_fp32").json();
+    let digest = about["properties"]["digest"].as_str().unwrap();
+    let mut http2 = Http2::connect(server.addresses.grpc).await;
+    let wrong = ModelInferRequest { model_version: "1".into(), raw_input_contents: vec![], ..echo(1) };
+    let unexpected = ModelInferRequest { outputs: vec![InferRequestedOutputTensor::default()], ..echo(1) };
+    let unknown = ModelInferRequest { model_name: "nope".into(), ..echo(1) };
+    let encoded = |request: &ModelInferRequest| framed(0, &request.encode_to_vec());
+    type Case<'a> = (&'a [(&'a str, &'a str)], Bytes, Code, bool);
+    let cases: [Case; 9] = [
+        (&[], encoded(&echo(1)), Code::Ok, true),
+        (&[], encoded(&unexpected), Code::InvalidArgument, true),
+        (&[], encoded(&unknown), Code::NotFound, false),
+        (&[], encoded(&wrong), Code::InvalidArgument, false),
+        (&[], framed(0, &[0x2a, 5, 0]), Code::InvalidArgument, false),
+        (&[], framed(2, &[]), Code::InvalidArgument, false),
+        (&[], Bytes::new(), Code::InvalidArgument, false),
+        (&[("grpc-encoding", "br")], encoded(&echo(1)), Code::Unimplemented, false),
+        (&[("grpc-timeout", "0n")], encoded(&echo(1)), Code::DeadlineExceeded, false),
+    ];
+    let mut ids = BTreeSet::new();
+    let mut check = |metadata: &HeaderMap, chosen: bool| {
+        let said = |name| metadata.get(name).map(|value| value.to_str().unwrap());
+        assert!(ids.insert(said("x-prediction-id").expect("an id").to_string()), "an id of its own");
+        assert_eq!(
+            (said("x-model-version"), said("x-model-digest")),
+            (chosen.then_some("1"), chosen.then_some(digest))
+        );
+    };
+    for (headers, wire, code, chosen) in cases {
+        let headers = [&GRPC[..], headers].concat();
+        let answer = http2.send("POST", INFER, &headers, Frames::of(wire)).await;
+        assert_eq!(answer.status().code(), code, "{}", answer.status().message());
+        check(&answer.headers, chosen);
+        server.eventually("the place is free", is_at_rest);
+    }
+    let mut holder = TcpStream::connect(server.addresses.http).unwrap();
+    holder.write_all(b"POST /v2/models/identity_fp32/infer HTTP/1.1\r\nHost: t\r\nContent-Length: 9\r\n\r\n").unwrap();
+    server.eventually("the place is taken", |server| in_flight(server) == 1.0);
+    let mut client = client(&server).await;
+    let error = client.model_infer(echo(1)).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable, "{error}");
+    check(error.metadata().as_ref(), false);
+    // What is no inference is no prediction.
+    let unknown = ModelMetadataRequest { name: "nope".into(), ..Default::default() };
+    let error = client.model_metadata(unknown).await.unwrap_err();
+    assert!(error.metadata().get("x-prediction-id").is_none(), "{error}");
 }
 
 fn about(service: &str) -> HealthCheckRequest {

@@ -1,5 +1,6 @@
 //! The REST port as clients see it: paths and statuses, JSON and binary tensors, encodings, refusals and their texts.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
@@ -350,6 +351,42 @@ fn refusals_have_their_status_are_counted_once_and_hold_nothing() {
 }
 
 #[test]
+fn refusals_say_which_prediction_they_were_and_who_answered() {
+    let (_models, server) = echo_server(&[("limits.requests", "1")]);
+    let about = server.get("/v2/models/identity_fp32").json();
+    let digest = about["properties"]["digest"].as_str().unwrap();
+    let good = one_row(json!([1, 2]));
+    let wrong = json!({"inputs": [input("x", "INT32", json!([1, 2]), json!([1, 2]))]});
+    let late = json!({"inputs": good["inputs"], "parameters": {"timeout": 1}});
+    let mut ids = BTreeSet::new();
+    let mut check = |reply: Reply, status: u16, chosen: bool| {
+        assert_eq!(reply.status, status, "{}", reply.text());
+        assert!(ids.insert(reply.header("x-prediction-id").expect("an id").to_string()), "an id of its own");
+        assert_eq!(reply.header("x-model-version"), chosen.then_some("1"), "{}", reply.text());
+        assert_eq!(reply.header("x-model-digest"), chosen.then_some(digest), "{}", reply.text());
+    };
+    check(server.infer("identity_fp32", &good), 200, true);
+    check(server.infer("identity_fp32", &wrong), 400, true);
+    check(server.infer("identity_fp32", &late), 504, true);
+    check(server.infer("nope", &good), 404, false);
+    check(server.infer("identity_fp32/versions/x", &good), 400, false);
+    check(server.post(ECHO, "{"), 400, false);
+    check(server.post(ECHO, "{"), 400, false);
+    check(server.post_with(ECHO, &[("X-Request-Timeout", "1s")], good.to_string()), 400, false);
+    check(server.post_with(ECHO, &[("Inference-Header-Content-Length", "0")], "1"), 400, false);
+    let mut holder = TcpStream::connect(server.addresses.http).unwrap();
+    holder.write_all(format!("POST {ECHO} HTTP/1.1\r\nHost: t\r\nContent-Length: 9\r\n\r\n").as_bytes()).unwrap();
+    server.eventually("the place is taken", |server| in_flight(server) == 1.0);
+    check(server.infer("identity_fp32", &good), 503, false);
+    // What is no inference is no prediction.
+    for reply in [server.get("/v2/models/nope"), server.get(ECHO)] {
+        assert_eq!((reply.status >= 400, reply.header("x-prediction-id")), (true, None));
+    }
+    drop(holder);
+    server.eventually("it is counted", |server| refused(server, "http", "cancelled") == 1.0);
+}
+
+#[test]
 fn bodies_share_a_budget() {
     let (_models, server) = echo_server(&[("limits.request_bytes", "900B")]);
     let reply = server.post(ECHO, vec![b' '; 901]);
@@ -511,6 +548,9 @@ fn strings_that_json_cannot_carry_go_as_binary_only() {
     let reply = post_binary(&server, path, &request, &tail, &[]);
     assert_eq!(reply.status, 400);
     assert!(reply.error().contains("element 0 of output 'y' is not UTF-8"), "{}", reply.error());
+    assert_eq!(reply.header("x-model-version"), Some("1"));
+    let ended = |outcome: &str| server.metrics().sum("tidegate_requests_total", &[&format!("outcome=\"{outcome}\"")]);
+    assert_eq!((ended("ok"), ended("invalid_input")), (1.0, 1.0), "what cannot be written is no success");
     request["parameters"] = json!({"binary_data_output": true});
     assert_eq!(split(&post_binary(&server, path, &request, &tail, &[])).1, tail);
     server.eventually("every place is free", is_at_rest);

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::inputs;
 use super::proto::infer_parameter::ParameterChoice;
 use super::proto::model_infer_request::InferRequestedOutputTensor;
 use super::proto::model_infer_response::InferOutputTensor;
 use super::proto::{InferParameter, ModelInferRequest, ModelInferResponse};
-use super::{ORIGIN, inputs};
 use crate::error::{Error, Result, quoted};
 use crate::protocol::common::{check_length, check_parameter};
 use crate::request::{InferRequest, InferResponse, ModelRef, NamedTensor, Permit, Priority, VersionId};
@@ -30,7 +30,6 @@ pub(super) fn request(message: ModelInferRequest) -> Result<InferRequest> {
         id,
         model,
         route_key: None,
-        origin: ORIGIN,
     })
 }
 

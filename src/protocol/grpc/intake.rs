@@ -1,8 +1,9 @@
-//! The way in: follows a unary call's body while tonic reads it, so that limits, deadlines and the permit hold from the
-//! first byte, and holds the permit until the answer's last.
+//! The way in and out: follows a unary call's body while tonic reads it, so that limits, deadlines and the permit hold
+//! from the first byte, and holds the permit until the answer's last.
 //!
 //! tonic inflates, decodes and encodes wherever it is polled. The last bytes of a long message are therefore held back
-//! until [`Intake::follow`] polls the call where that may take its time: with the thread's other tasks handed over.
+//! until [`Intake::follow`] polls the call where that may take its time: with the thread's other tasks handed over, and
+//! in one of a few places. [`Outward`] waits for such a place before it has a long answer encoded.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -13,11 +14,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use tokio::runtime::{Handle, RuntimeFlavor};
-use tokio::sync::Semaphore;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 use tonic::Status;
 
 use super::status_of;
+use crate::engine::Trace;
 use crate::error::{Error, Kind, Result};
 use crate::protocol::common;
 use crate::request::Permit;
@@ -29,8 +31,8 @@ pub(super) const PREFIX: usize = 5;
 /// about 500 µs of work where it is compressed or in typed contents.
 const LONG: usize = 128 << 10;
 
-/// Long messages decoded at once, each on a thread of its own.
-pub(super) const MAX_DECODING: usize = 16;
+/// Long messages decoded or encoded at once, each on a thread of its own.
+pub(super) const MAX_PLACES: usize = 16;
 
 /// What one call's body, its method and its answer share. Travels in the request's extensions.
 #[derive(Clone, Default)]
@@ -38,6 +40,7 @@ pub(super) struct Intake(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
+    trace: Option<Arc<Trace>>,
     permit: Option<Permit>,
     refused: Option<Error>,
     reached: bool,
@@ -48,10 +51,18 @@ struct State {
     long: bool,
 }
 
+/// An infer call whose message has been decoded.
+pub(super) struct Admitted {
+    pub trace: Arc<Trace>,
+    pub permit: Permit,
+    /// How long the caller waits.
+    pub timeout: Option<Duration>,
+}
+
 /// How a call ended, as far as tonic's answer does not say it.
 pub(super) struct Ending {
     pub permit: Option<Permit>,
-    /// Why the body was refused.
+    /// Why the body or the request in it was refused.
     pub refused: Option<Error>,
     /// The request was decoded and its method called.
     pub reached: bool,
@@ -60,8 +71,9 @@ pub(super) struct Ending {
 }
 
 impl Intake {
-    pub(super) fn new(permit: Option<Permit>, timeout: Option<Duration>) -> Intake {
-        Intake(Arc::new(Mutex::new(State { permit, timeout, ..State::default() })))
+    /// Infer calls have a trace and a permit.
+    pub(super) fn new(trace: Option<Arc<Trace>>, permit: Option<Permit>, timeout: Option<Duration>) -> Intake {
+        Intake(Arc::new(Mutex::new(State { trace, permit, timeout, ..State::default() })))
     }
 
     /// Marks the method as called.
@@ -72,11 +84,13 @@ impl Intake {
         Ok(intake)
     }
 
-    /// The permit that admitted the call, and how long the caller waits.
-    pub(super) fn take(&self) -> Result<(Permit, Option<Duration>)> {
+    /// What admitted the call.
+    pub(super) fn take(&self) -> Result<Admitted> {
         let mut state = self.state();
-        let permit = state.permit.take().ok_or_else(|| Error::internal("a call came in without a permit"))?;
-        Ok((permit, state.timeout))
+        let (Some(trace), Some(permit)) = (state.trace.take(), state.permit.take()) else {
+            return Err(Error::internal("a call came in without a permit"));
+        };
+        Ok(Admitted { trace, permit, timeout: state.timeout })
     }
 
     /// Gives the permit back, to be held until the answer, with so many bytes of tensors, is written.
@@ -86,8 +100,18 @@ impl Intake {
         state.long = bytes > LONG;
     }
 
-    /// Polls the call; where a long message is decoded, in one of the `places` and off the I/O threads.
-    pub(super) async fn follow<F: Future>(&self, call: F, places: &Semaphore) -> F::Output {
+    /// Polls the call, for as long as the caller waits.
+    pub(super) async fn follow<F: Future>(&self, call: F, places: &Semaphore) -> Result<F::Output> {
+        let timeout = self.state().timeout;
+        let polled = self.poll(call, places);
+        match timeout {
+            None => Ok(polled.await),
+            Some(timeout) => tokio::time::timeout(timeout, polled).await.map_err(|_| common::expired()),
+        }
+    }
+
+    /// Where a long message is decoded, in one of the `places` and off the I/O threads.
+    async fn poll<F: Future>(&self, call: F, places: &Semaphore) -> F::Output {
         let mut call = pin!(call);
         loop {
             let polled = poll_fn(|cx| match call.as_mut().poll(cx) {
@@ -119,8 +143,11 @@ impl Intake {
         }
     }
 
-    fn refuse(&self, error: Error) {
+    /// Notes why the call fails, which a status does not say in full; the first reason counts.
+    pub(super) fn refuse(&self, error: Error) -> Status {
+        let status = status_of(&error);
         self.state().refused.get_or_insert(error);
+        status
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -142,12 +169,6 @@ pub(super) fn grow_to(permit: &mut Permit, bytes: usize) -> Result<()> {
     permit.grow(bytes.saturating_sub(permit.bytes()))
 }
 
-/// How long the client may take to send its message, and what it is told after.
-pub(super) struct Patience {
-    pub limit: Duration,
-    pub error: Error,
-}
-
 /// A request's body on its way to tonic.
 pub(super) struct Inward<B> {
     inner: Pin<Box<B>>,
@@ -155,15 +176,16 @@ pub(super) struct Inward<B> {
     received: usize,
     /// The end of a long message.
     last: Option<Frame<Bytes>>,
+    /// How long the client may take to send its message.
+    limit: Duration,
     expiry: Pin<Box<Sleep>>,
-    late: Error,
     intake: Intake,
 }
 
 impl<B> Inward<B> {
-    pub(super) fn new(inner: B, framing: Framing, patience: Patience, intake: Intake) -> Self {
-        let expiry = Box::pin(tokio::time::sleep(patience.limit));
-        Inward { inner: Box::pin(inner), framing, received: 0, last: None, expiry, late: patience.error, intake }
+    pub(super) fn new(inner: B, framing: Framing, limit: Duration, intake: Intake) -> Self {
+        let expiry = Box::pin(tokio::time::sleep(limit));
+        Inward { inner: Box::pin(inner), framing, received: 0, last: None, limit, expiry, intake }
     }
 
     fn follow(&mut self, data: &[u8]) -> Result<()> {
@@ -172,10 +194,12 @@ impl<B> Inward<B> {
         self.intake.received(self.received)
     }
 
+    fn late(&self) -> Error {
+        Error::new(Kind::RequestTimeout, format!("the message did not arrive within {:?}", self.limit))
+    }
+
     fn fail<T>(&self, error: Error) -> Poll<Option<Result<T, Status>>> {
-        let status = status_of(&error);
-        self.intake.refuse(error);
-        Poll::Ready(Some(Err(status)))
+        Poll::Ready(Some(Err(self.intake.refuse(error))))
     }
 }
 
@@ -190,7 +214,7 @@ impl<B: Body<Data = Bytes>> Body for Inward<B> {
             return if held_back { Poll::Pending } else { Poll::Ready(this.last.take().map(Ok)) };
         }
         match this.inner.as_mut().poll_frame(cx) {
-            Poll::Pending if this.expiry.as_mut().poll(cx).is_ready() => this.fail(this.late.clone()),
+            Poll::Pending if this.expiry.as_mut().poll(cx).is_ready() => this.fail(this.late()),
             Poll::Pending => Poll::Pending,
             Poll::Ready(Some(Ok(frame))) => match frame.data_ref().map(|data| this.follow(data)) {
                 Some(Err(error)) => this.fail(error),
@@ -287,20 +311,24 @@ pub(super) fn too_long(found: usize, limit: usize) -> Error {
     Error::too_large(format!("message of {found} bytes, expected at most {limit}"))
 }
 
+type Waiting = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
+
 /// An answer's body, holding the request's place until it is written.
 pub(super) struct Outward {
     inner: tonic::body::Body,
     /// Of the last frame: handed over piece by piece, as HTTP/2 asks for the next one before it has sent the last.
     rest: Bytes,
-    /// Its first frame takes long.
-    long: bool,
+    /// Where the first frame takes long: for a place to encode it in.
+    waiting: Option<Waiting>,
     /// Held, not read.
     _permit: Permit,
 }
 
 impl Outward {
-    pub(super) fn new(inner: tonic::body::Body, long: bool, permit: Permit) -> Outward {
-        Outward { inner, rest: Bytes::new(), long, _permit: permit }
+    /// A long answer is encoded in one of the `places`.
+    pub(super) fn new(inner: tonic::body::Body, permit: Permit, places: Option<Arc<Semaphore>>) -> Outward {
+        let waiting = places.map(|places| -> Waiting { Box::pin(places.acquire_owned()) });
+        Outward { inner, rest: Bytes::new(), waiting, _permit: permit }
     }
 }
 
@@ -311,9 +339,15 @@ impl Body for Outward {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.get_mut();
         if this.rest.is_empty() {
-            let long = std::mem::take(&mut this.long);
+            // Fails only once closed, which nobody does. Free again once the frame is encoded.
+            let place = this.waiting.as_mut().map(|waiting| waiting.as_mut().poll(cx));
+            let place = match place {
+                Some(Poll::Pending) => return Poll::Pending,
+                taken => taken,
+            };
+            this.waiting = None;
             let mut next = || Pin::new(&mut this.inner).poll_frame(cx);
-            match ready!(if long { at_length(next) } else { next() }) {
+            match ready!(if place.is_some() { at_length(next) } else { next() }) {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => this.rest = data,
                     Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
@@ -401,10 +435,6 @@ mod tests {
         }
     }
 
-    fn patience(limit: Duration) -> Patience {
-        Patience { limit, error: Error::new(Kind::RequestTimeout, "too slow") }
-    }
-
     fn permit(max_bytes: usize) -> (Arc<Budget>, Permit) {
         let budget = Budget::new(BudgetConfig { max_requests: 1, max_bytes });
         let permit = budget.admit(0, Instant::now()).unwrap();
@@ -415,9 +445,9 @@ mod tests {
     async fn the_permit_grows_with_the_body_and_bounds_it() {
         for (max_bytes, refused) in [(15, None), (14, Some(Kind::Overloaded))] {
             let (budget, permit) = permit(max_bytes);
-            let intake = Intake::new(Some(permit), None);
+            let intake = Intake::new(None, Some(permit), None);
             let body = Full::new(Bytes::from(message(10)));
-            let body = Inward::new(body, Framing::new(10, false), patience(Duration::MAX), intake.clone());
+            let body = Inward::new(body, Framing::new(10, false), Duration::MAX, intake.clone());
             assert_eq!(body.collect().await.is_err(), refused.is_some());
             let ending = intake.end();
             assert_eq!(ending.refused.map(|error| error.kind()), refused);
@@ -430,26 +460,57 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
     async fn a_long_message_is_decoded_in_a_place_of_its_own() {
         for (length, compressed, waits) in [(LONG - PREFIX, false, false), (LONG, false, true), (1, true, true)] {
-            let intake = Intake::new(None, None);
+            let intake = Intake::default();
             let mut wire = message(length);
             wire[0] = u8::from(compressed);
             let body = Full::new(Bytes::from(wire));
-            let body = Inward::new(body, Framing::new(LONG, compressed), patience(Duration::MAX), intake.clone());
+            let body = Inward::new(body, Framing::new(LONG, compressed), Duration::MAX, intake.clone());
             let places = Semaphore::new(0);
             let mut call = pin!(intake.follow(body.collect(), &places));
             let early = poll_fn(|cx| Poll::Ready(call.as_mut().poll(cx))).await;
             assert_eq!(early.is_pending(), waits, "{length}");
             if waits {
                 places.add_permits(1);
-                assert_eq!(call.await.unwrap().to_bytes().len(), PREFIX + length);
+                assert_eq!(call.await.unwrap().unwrap().to_bytes().len(), PREFIX + length);
             }
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn nobody_waits_for_a_place_past_the_callers_deadline() {
+        const TIMEOUT: Duration = Duration::from_secs(3600);
+        let intake = Intake::new(None, None, Some(TIMEOUT));
+        let body = Full::new(Bytes::from(message(LONG)));
+        let body = Inward::new(body, Framing::new(LONG, false), Duration::MAX, intake.clone());
+        let (places, began) = (Semaphore::new(0), tokio::time::Instant::now());
+        let followed = intake.follow(body.collect(), &places);
+        let followed = tokio::time::timeout(2 * TIMEOUT, followed).await.expect("an end at the deadline");
+        assert_eq!(followed.unwrap_err(), common::expired());
+        assert!(began.elapsed() >= TIMEOUT);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_long_answer_is_encoded_in_a_place_of_its_own() {
+        let answer = |places| {
+            let (_, permit) = permit(0);
+            Outward::new(tonic::body::Body::new(Full::new(Bytes::from(message(LONG)))), permit, places)
+        };
+        assert_eq!(answer(None).collect().await.unwrap().to_bytes().len(), PREFIX + LONG);
+
+        let places = Arc::new(Semaphore::new(0));
+        let mut long = answer(Some(Arc::clone(&places)));
+        let early = poll_fn(|cx| Poll::Ready(Pin::new(&mut long).poll_frame(cx))).await;
+        assert!(early.is_pending());
+        places.add_permits(1);
+        let first = long.frame().await.unwrap().unwrap().into_data().unwrap();
+        assert_eq!(places.available_permits(), 1, "free for the next before this one is sent");
+        assert_eq!(first.len() + long.collect().await.unwrap().to_bytes().len(), PREFIX + LONG);
+    }
+
     #[tokio::test]
     async fn a_stalled_body_is_cut() {
-        let intake = Intake::new(None, None);
-        let mut body = Inward::new(Stalled, Framing::new(10, false), patience(Duration::ZERO), intake.clone());
+        let intake = Intake::default();
+        let mut body = Inward::new(Stalled, Framing::new(10, false), Duration::ZERO, intake.clone());
         assert!(body.frame().await.unwrap().is_err());
         assert_eq!(intake.end().refused.unwrap().kind(), Kind::RequestTimeout);
     }

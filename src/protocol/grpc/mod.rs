@@ -31,13 +31,13 @@ use tonic::{Code, Status};
 use tonic_health::pb::health_server::{HealthServer, SERVICE_NAME as HEALTH_SERVICE};
 use tower::Service;
 
-use crate::engine::Engine;
+use crate::engine::{Engine, Trace};
 use crate::error::{Error, Kind, Result, quoted};
 use crate::protocol::common::{self, expired};
 use crate::protocol::status;
 use crate::request::{Origin, Protocol};
 use health::HealthService;
-use intake::{Framing, Intake, Inward, MAX_DECODING, Outward, PREFIX, Patience, too_long};
+use intake::{Framing, Intake, Inward, MAX_PLACES, Outward, PREFIX, too_long};
 use proto::grpc_inference_service_server::{GrpcInferenceServiceServer, SERVICE_NAME as SERVICE};
 use service::InferenceService;
 
@@ -73,7 +73,7 @@ struct Grpc {
     config: Config,
     inference: Arc<InferenceService>,
     health: Arc<HealthService>,
-    /// For decoding long messages.
+    /// For decoding and encoding long messages.
     places: Arc<Semaphore>,
 }
 
@@ -87,7 +87,7 @@ fn service(engine: Arc<Engine>, config: Config) -> Grpc {
     Grpc {
         inference: Arc::new(InferenceService::new(Arc::clone(&engine))),
         health: Arc::new(HealthService::new(Arc::clone(&engine))),
-        places: Arc::new(Semaphore::new(MAX_DECODING)),
+        places: Arc::new(Semaphore::new(MAX_PLACES)),
         engine,
         config,
     }
@@ -131,7 +131,7 @@ impl Call {
 }
 
 impl Grpc {
-    async fn answer<B>(self, mut request: http::Request<B>) -> http::Response<Body>
+    async fn answer<B>(self, request: http::Request<B>) -> http::Response<Body>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
     {
@@ -145,40 +145,74 @@ impl Grpc {
             let path = quoted(request.uri().path());
             return status_of(&Error::new(Kind::Unsupported, format!("unknown service in '{path}'"))).into_http();
         };
-        let opened = self.open(call, &mut request);
-        match opened {
-            Ok((intake, framing, patience)) => {
-                let request = request.map(|body| Inward::new(body, framing, patience, intake.clone()));
-                self.hand_over(call, intake, request).await
+        // Only infer requests are counted: metadata and health are asked for all day long.
+        let trace = (call == Call::Infer).then(|| Arc::new(self.engine.begin(ORIGIN)));
+        let outcome = self.serve(call, trace.clone(), request).await;
+        if let Some(trace) = &trace {
+            trace.finish(outcome.as_ref().err());
+        }
+        let mut response = outcome.unwrap_or_else(|error| status_of(&error).into_http());
+        if let Some(trace) = &trace {
+            common::provenance(trace, response.headers_mut());
+        }
+        response
+    }
+
+    async fn serve<B>(
+        &self,
+        call: Call,
+        trace: Option<Arc<Trace>>,
+        mut request: http::Request<B>,
+    ) -> Result<http::Response<Body>>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+    {
+        let (intake, framing) = self.open(call, trace, &mut request)?;
+        let limit = self.config.body_timeout;
+        let request = request.map(|body| Inward::new(body, framing, limit, intake.clone()));
+        let response = self.hand_over(call, &intake, request).await?;
+        let ending = intake.end();
+        let own = Status::from_header_map(response.headers()).filter(|_| !ending.reached);
+        match (ending.refused.or_else(|| own.as_ref().and_then(refusal)), ending.permit) {
+            (Some(error), _) => Err(error),
+            (None, Some(permit)) => {
+                let places = ending.long.then(|| Arc::clone(&self.places));
+                Ok(response.map(|inner| Body::new(Outward::new(inner, permit, places))))
             }
-            Err(error) => status_of(&error).into_http(),
+            (None, None) => Ok(response),
         }
     }
 
     /// Reads the headers and admits the call, before a byte of its body is read.
-    fn open<B>(&self, call: Call, request: &mut http::Request<B>) -> Result<(Intake, Framing, Patience)> {
+    fn open<B>(
+        &self,
+        call: Call,
+        trace: Option<Arc<Trace>>,
+        request: &mut http::Request<B>,
+    ) -> Result<(Intake, Framing)> {
         let limit = self.limit(call);
         let headers = request.headers_mut();
         let declared = metadata::declared_bytes(headers);
-        let checked = (|| {
-            let encoded = metadata::negotiate(headers)?;
-            let timeout = metadata::timeout(headers)?;
-            if timeout.is_some_and(|timeout| timeout.is_zero()) {
-                return Err(expired());
-            }
-            match declared.checked_sub(PREFIX).filter(|length| *length > limit) {
-                Some(length) => Err(too_long(length, limit)),
-                None => Ok((encoded, timeout)),
-            }
-        })();
-        let (encoded, timeout) = checked.inspect_err(|error| self.refuse(call, error))?;
-        let permit = if call == Call::Infer { Some(self.engine.admit(ORIGIN, declared)?) } else { None };
-        let intake = Intake::new(permit, timeout);
+        let encoded = metadata::negotiate(headers)?;
+        let timeout = metadata::timeout(headers)?;
+        if timeout.is_some_and(|timeout| timeout.is_zero()) {
+            return Err(expired());
+        }
+        if let Some(length) = declared.checked_sub(PREFIX).filter(|length| *length > limit) {
+            return Err(too_long(length, limit));
+        }
+        let permit = trace.as_ref().map(|trace| self.engine.admit(trace, declared)).transpose()?;
+        let intake = Intake::new(trace, permit, timeout);
         request.extensions_mut().insert(intake.clone());
-        Ok((intake, Framing::new(limit, encoded), self.patience(timeout)))
+        Ok((intake, Framing::new(limit, encoded)))
     }
 
-    async fn hand_over<B>(&self, call: Call, intake: Intake, request: http::Request<Inward<B>>) -> http::Response<Body>
+    async fn hand_over<B>(
+        &self,
+        call: Call,
+        intake: &Intake,
+        request: http::Request<Inward<B>>,
+    ) -> Result<http::Response<Body>>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
     {
@@ -192,7 +226,7 @@ impl Grpc {
                     .send_compressed(Deflate)
                     .max_decoding_message_size(limit)
                     .call(request);
-                intake.follow(call, &self.places).await
+                intake.follow(call, &self.places).await?
             }
             Call::Health => {
                 let call = HealthServer::from_arc(Arc::clone(&self.health))
@@ -200,20 +234,10 @@ impl Grpc {
                     .accept_compressed(Deflate)
                     .max_decoding_message_size(limit)
                     .call(request);
-                intake.follow(call, &self.places).await
+                intake.follow(call, &self.places).await?
             }
         };
-        let ending = intake.end();
-        let own = Status::from_header_map(response.headers()).filter(|_| !ending.reached);
-        let refused = ending.refused.or_else(|| own.as_ref().and_then(refusal));
-        match (refused, ending.permit) {
-            (Some(error), _) => {
-                self.refuse(call, &error);
-                status_of(&error).into_http()
-            }
-            (None, Some(permit)) => response.map(|inner| Body::new(Outward::new(inner, ending.long, permit))),
-            (None, None) => response,
-        }
+        Ok(response)
     }
 
     fn limit(&self, call: Call) -> usize {
@@ -221,24 +245,6 @@ impl Grpc {
             self.config.max_message_bytes
         } else {
             MAX_QUERY_BYTES.min(self.config.max_message_bytes)
-        }
-    }
-
-    fn patience(&self, timeout: Option<Duration>) -> Patience {
-        match timeout.filter(|timeout| *timeout < self.config.body_timeout) {
-            Some(limit) => Patience { limit, error: expired() },
-            None => {
-                let limit = self.config.body_timeout;
-                let message = format!("the message did not arrive within {limit:?}");
-                Patience { limit, error: Error::new(Kind::RequestTimeout, message) }
-            }
-        }
-    }
-
-    /// Only infer requests are counted: metadata and health are asked for all day long.
-    fn refuse(&self, call: Call, error: &Error) {
-        if call == Call::Infer {
-            self.engine.refuse(ORIGIN, error);
         }
     }
 }

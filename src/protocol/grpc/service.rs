@@ -4,17 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tonic::metadata::{MetadataMap, MetadataValue};
+use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status};
 
-use super::intake::{Intake, grow_to};
+use super::intake::{Admitted, Intake, grow_to};
 use super::proto::grpc_inference_service_server::GrpcInferenceService;
 use super::proto::{self, model_metadata_response::TensorMetadata, repository_index_response::ModelIndex};
-use super::{ORIGIN, convert, status_of};
+use super::{convert, status_of};
 use crate::engine::{Engine, ModelInfo};
 use crate::error::{Error, Kind, Result};
 use crate::protocol::{EXTENSIONS, common};
-use crate::request::{InferRequest, InferResponse, Permit};
+use crate::request::InferResponse;
 use crate::tensor::TensorSpec;
 
 pub(super) struct InferenceService {
@@ -31,20 +31,15 @@ impl InferenceService {
         intake: &Intake,
         message: proto::ModelInferRequest,
     ) -> Result<Response<proto::ModelInferResponse>> {
-        let (request, permit) = converted(intake, message).inspect_err(|error| self.engine.refuse(ORIGIN, error))?;
-        let response = self.engine.infer(request, permit).await?;
+        let Admitted { trace, mut permit, timeout } = intake.take()?;
+        let mut request = convert::request(message)?;
+        request.timeout = sooner(request.timeout, timeout);
+        // What a compressed message or typed contents have grown to.
+        let bytes = request.inputs.iter().map(|input| input.tensor.data().len()).sum();
+        grow_to(&mut permit, bytes)?;
+        let response = self.engine.infer(&trace, request, permit).await?;
         Ok(answer(intake, response))
     }
-}
-
-fn converted(intake: &Intake, message: proto::ModelInferRequest) -> Result<(InferRequest, Permit)> {
-    let (mut permit, timeout) = intake.take()?;
-    let mut request = convert::request(message)?;
-    request.timeout = sooner(request.timeout, timeout);
-    // What a compressed message or typed contents have grown to.
-    let bytes = request.inputs.iter().map(|input| input.tensor.data().len()).sum();
-    grow_to(&mut permit, bytes)?;
-    Ok((request, permit))
 }
 
 fn sooner(first: Option<Duration>, second: Option<Duration>) -> Option<Duration> {
@@ -52,23 +47,14 @@ fn sooner(first: Option<Duration>, second: Option<Duration>) -> Option<Duration>
 }
 
 fn answer(intake: &Intake, response: InferResponse) -> Response<proto::ModelInferResponse> {
-    let metadata = metadata(&response);
+    let timing = common::server_timing(&response);
     let (message, permit) = convert::response(response);
     intake.hold(permit, message.raw_output_contents.iter().map(Bytes::len).sum());
     let mut answer = Response::new(message);
-    *answer.metadata_mut() = metadata;
-    answer
-}
-
-fn metadata(response: &InferResponse) -> MetadataMap {
-    let mut metadata = MetadataMap::new();
-    for (name, value) in common::provenance(response) {
-        // A header that cannot be sent is left out rather than failing the answer.
-        if let Ok(value) = MetadataValue::try_from(value) {
-            metadata.insert(name, value);
-        }
+    if let Ok(timing) = MetadataValue::try_from(timing) {
+        answer.metadata_mut().insert(common::SERVER_TIMING, timing);
     }
-    metadata
+    answer
 }
 
 #[tonic::async_trait]
@@ -134,7 +120,7 @@ impl GrpcInferenceService for InferenceService {
         request: Request<proto::ModelInferRequest>,
     ) -> Result<Response<proto::ModelInferResponse>, Status> {
         let intake = Intake::reach(&request)?;
-        self.infer(&intake, request.into_inner()).await.map_err(|error| status_of(&error))
+        self.infer(&intake, request.into_inner()).await.map_err(|error| intake.refuse(error))
     }
 
     async fn repository_index(

@@ -12,7 +12,7 @@ use axum::body::Body;
 use axum::response::Response;
 use bytes::Bytes;
 use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, VARY};
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderValue};
 use http_body::{Frame, SizeHint};
 use serde::Serialize;
 
@@ -53,7 +53,7 @@ pub(super) async fn write(app: &App, response: InferResponse, wanted: Wanted, ac
         Encoding::Gzip | Encoding::Deflate => response.outputs.iter().map(|y| y.tensor.data().len()).sum(),
     };
     let work = formatted.saturating_add(compressed.saturating_mul(COMPRESSION_COST));
-    let provenance = common::provenance(&response);
+    let timing = common::server_timing(&response);
     let shortest = app.config.min_compressed_bytes;
     let rendering = move || {
         let written = render(&response, &wanted)?.compressed(accepted, shortest)?;
@@ -62,8 +62,10 @@ pub(super) async fn write(app: &App, response: InferResponse, wanted: Wanted, ac
     // What has been computed is not refused any more.
     let (written, permit) = if app.is_long(work) { app.engine.cpu().finish(rendering).await?? } else { rendering()? };
 
-    let header = |(name, value)| Some((HeaderName::from_static(name), HeaderValue::try_from(value).ok()?));
-    let mut headers: HeaderMap = provenance.into_iter().filter_map(header).collect();
+    let mut headers = HeaderMap::new();
+    if let Ok(timing) = HeaderValue::try_from(timing) {
+        headers.insert(common::SERVER_TIMING, timing);
+    }
     headers.insert(CONTENT_TYPE, if written.json_length.is_some() { OCTETS } else { JSON });
     headers.insert(VARY, HeaderValue::from_static(ACCEPT_ENCODING.as_str()));
     if let Some(length) = written.json_length {

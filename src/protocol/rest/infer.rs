@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName};
 
@@ -16,6 +16,7 @@ use super::json::{self, Parsed};
 use super::parameters::OfRequest;
 use super::routes::Target;
 use super::{App, Config, ORIGIN, Refusal, body};
+use crate::engine::Trace;
 use crate::error::{Error, Result};
 use crate::protocol::common;
 use crate::request::{InferRequest, MAX_NAME_BYTES, ModelRef, Permit};
@@ -27,21 +28,24 @@ const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout");
 /// What a canary splits by.
 const ROUTING_KEY: HeaderName = HeaderName::from_static("x-routing-key");
 
-pub(super) async fn infer(
-    State(app): State<App>,
-    target: Result<Target, Refusal>,
-    request: Request,
-) -> Result<Response, Refusal> {
+pub(super) async fn infer(State(app): State<App>, target: Result<Target, Refusal>, request: Request) -> Response {
+    let trace = app.engine.begin(ORIGIN);
+    let outcome = serve(&app, target, request, &trace).await;
+    // After the answer has been written: what could not be is no success.
+    trace.finish(outcome.as_ref().err());
+    let mut response = outcome.map_err(Refusal).into_response();
+    common::provenance(&trace, response.headers_mut());
+    response
+}
+
+async fn serve(app: &App, target: Result<Target, Refusal>, request: Request, trace: &Trace) -> Result<Response> {
     let accepted = encoding::negotiated(request.headers());
-    let refused = |error: &Error| app.engine.refuse(ORIGIN, error);
-    let announced = announce(&app, target, request).inspect_err(refused)?;
-    // Records its own refusals, as `Engine::infer` does.
-    let permit = app.engine.admit(ORIGIN, announced.declared.unwrap_or(0))?;
+    let announced = announce(app, target, request)?;
+    let permit = app.engine.admit(trace, announced.declared.unwrap_or(0))?;
     let deadline = announced.head.timeout.and_then(|timeout| permit.arrived().checked_add(timeout));
-    let received = before(deadline, receive(&app, announced, permit)).await;
-    let (request, wanted, permit) = received.inspect_err(refused)?;
-    let response = app.engine.infer(request, permit).await?;
-    Ok(answer::write(&app, response, wanted, accepted).await?)
+    let (request, wanted, permit) = before(deadline, receive(app, announced, permit)).await?;
+    let response = app.engine.infer(trace, request, permit).await?;
+    answer::write(app, response, wanted, accepted).await
 }
 
 /// What is known of a request before its body is read. A body that cannot be understood is better left unread.
@@ -100,7 +104,6 @@ async fn receive(app: &App, announced: Announced, mut permit: Permit) -> Result<
         timeout: [parameters.timeout, head.timeout].into_iter().flatten().min(),
         priority: parameters.priority,
         route_key: head.route_key,
-        origin: ORIGIN,
     };
     Ok((request, Wanted { outputs, binary: parameters.binary_data_output }, permit))
 }
