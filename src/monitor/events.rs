@@ -80,7 +80,7 @@ impl BatchExecuted<'_> {
             handles.inferences.increment(rows as u64);
         }
         handles.batch_size().record(rows as f64);
-        handles.compute_duration().record(gather_and_compute.as_secs_f64());
+        handles.infer_duration().record(gather_and_compute.as_secs_f64());
         tracing::trace!(
             model = %version.model, version = %version.version, requests, rows, failed,
             gather_and_compute_us = gather_and_compute.as_micros(), split_us = split.as_micros(), "batch executed"
@@ -112,12 +112,24 @@ pub struct VersionLoaded<'a> {
     pub backend: &'a str,
     pub backend_version: &'a str,
     pub device: &'a str,
+    pub instances: usize,
     pub batching: bool,
+    pub batching_reason: &'a str,
 }
 
 impl VersionLoaded<'_> {
     pub fn emit(self, monitor: &Monitor) {
-        let VersionLoaded { version, duration, digest, backend, backend_version, device, batching } = self;
+        let VersionLoaded {
+            version,
+            duration,
+            digest,
+            backend,
+            backend_version,
+            device,
+            instances,
+            batching,
+            batching_reason,
+        } = self;
         *version.info() = Some(Info {
             digest: digest.into(),
             backend: backend.into(),
@@ -129,8 +141,8 @@ impl VersionLoaded<'_> {
         version.ready.store(true, Ordering::Relaxed);
         monitor.loads_ok.increment(1);
         tracing::info!(
-            model = %version.model, version = %version.version, digest, backend, backend_version, device, batching,
-            seconds = duration.as_secs_f64(), "version ready"
+            model = %version.model, version = %version.version, digest, backend, backend_version, device, instances,
+            batching, batching_reason, seconds = duration.as_secs_f64(), "version ready"
         );
     }
 }

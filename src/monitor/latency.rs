@@ -23,7 +23,7 @@ pub(super) struct Handles {
     requests: [[OnceLock<Counter>; OUTCOMES]; PROTOCOLS.len()],
     request_duration: [OnceLock<Histogram>; PROTOCOLS.len()],
     queue_duration: OnceLock<Histogram>,
-    compute_duration: OnceLock<Histogram>,
+    infer_duration: OnceLock<Histogram>,
     batch_size: OnceLock<Histogram>,
     pub(super) executions: Counter,
     pub(super) execution_failures: Counter,
@@ -42,7 +42,7 @@ impl Handles {
             requests: Default::default(),
             request_duration: Default::default(),
             queue_duration: OnceLock::new(),
-            compute_duration: OnceLock::new(),
+            infer_duration: OnceLock::new(),
             batch_size: OnceLock::new(),
             executions,
             execution_failures,
@@ -73,8 +73,8 @@ impl Handles {
         self.histogram(&self.queue_duration, &names::QUEUE_DURATION)
     }
 
-    pub(super) fn compute_duration(&self) -> &Histogram {
-        self.histogram(&self.compute_duration, &names::COMPUTE_DURATION)
+    pub(super) fn infer_duration(&self) -> &Histogram {
+        self.histogram(&self.infer_duration, &names::INFER_DURATION)
     }
 
     pub(super) fn batch_size(&self) -> &Histogram {

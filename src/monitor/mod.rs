@@ -308,7 +308,9 @@ mod tests {
             backend: "fake",
             backend_version: "1.0",
             device: "cpu",
+            instances: 2,
             batching: true,
+            batching_reason: "a test",
         }
         .emit(monitor);
     }
@@ -412,14 +414,14 @@ mod tests {
             ("tidegate_requests_refused_total{kind=\"not_found\",protocol=\"http\"}".into(), 1.0),
             (format!("tidegate_request_duration_seconds_count{{{v},protocol=\"grpc\"}}"), 1.0),
             (format!("tidegate_queue_duration_seconds_sum{{{v}}}"), 0.002),
-            (format!("tidegate_compute_duration_seconds_bucket{{{v},le=\"0.00025\"}}"), 0.0),
-            (format!("tidegate_compute_duration_seconds_bucket{{{v},le=\"0.0005\"}}"), 2.0),
+            (format!("tidegate_infer_duration_seconds_bucket{{{v},le=\"0.00025\"}}"), 0.0),
+            (format!("tidegate_infer_duration_seconds_bucket{{{v},le=\"0.0005\"}}"), 2.0),
             (format!("tidegate_batch_size_sum{{{v}}}"), 9.0),
             (format!("tidegate_executions_total{{{v}}}"), 2.0),
             (format!("tidegate_execution_failures_total{{{v}}}"), 1.0),
             (format!("tidegate_inferences_total{{{v}}}"), 2.0),
-            ("tidegate_in_flight_requests".into(), 3.0),
-            ("tidegate_in_flight_bytes".into(), 400.0),
+            ("tidegate_inflight".into(), 3.0),
+            ("tidegate_inflight_bytes".into(), 400.0),
             (format!("tidegate_queue_depth{{{v}}}"), 2.0),
             (format!("tidegate_queue_bytes{{{v}}}"), 64.0),
             (format!("tidegate_model_ready{{{v}}}"), 1.0),

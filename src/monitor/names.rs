@@ -117,9 +117,9 @@ table! {
             "Time from admission to the answer, of requests answered with ok.";
         QUEUE_DURATION = Shape::Histogram(DURATION_BUCKETS), "tidegate_queue_duration_seconds", "seconds",
             ["model", "version"], "Time a request waited in its version's queue, of requests answered with ok.";
-        IN_FLIGHT = Shape::Gauge, "tidegate_in_flight_requests", "requests", [],
+        IN_FLIGHT = Shape::Gauge, "tidegate_inflight", "requests", [],
             "Requests in the server, from admission until the answer is written.";
-        IN_FLIGHT_BYTES = Shape::Gauge, "tidegate_in_flight_bytes", "bytes", [],
+        IN_FLIGHT_BYTES = Shape::Gauge, "tidegate_inflight_bytes", "bytes", [],
             "Bytes of request bodies that requests in flight hold.";
         QUEUE_DEPTH = Shape::Gauge, "tidegate_queue_depth", "requests", ["model", "version"],
             "Requests waiting in a version's queue.";
@@ -135,7 +135,7 @@ table! {
             "Rows computed in batches that succeeded; above executions where requests were batched.";
         BATCH_SIZE = Shape::Histogram(BATCH_BUCKETS), "tidegate_batch_size", "rows", ["model", "version"],
             "Rows of each batch given to the engine.";
-        COMPUTE_DURATION = Shape::Histogram(DURATION_BUCKETS), "tidegate_compute_duration_seconds", "seconds",
+        INFER_DURATION = Shape::Histogram(DURATION_BUCKETS), "tidegate_infer_duration_seconds", "seconds",
             ["model", "version"], "Time to gather a batch's inputs and run the engine on them, per batch.";
     }
     Models {

@@ -284,7 +284,6 @@ impl Writer {
 
     fn announce(&self, version: &Version) {
         let facts = version.facts();
-        let (model, id) = (&*facts.name, facts.id);
         events::VersionLoaded {
             version: &version.monitor,
             duration: facts.load_time,
@@ -292,12 +291,13 @@ impl Writer {
             backend: facts.backend,
             backend_version: &facts.backend_version,
             device: &facts.device.to_string(),
+            instances: facts.threads.instances,
             batching: facts.batching.enabled,
+            batching_reason: &facts.batching.reason,
         }
         .emit(&self.monitor);
-        tracing::info!(model, version = %id, enabled = facts.batching.enabled, reason = facts.batching.reason, "batching");
         for warning in &facts.warnings {
-            tracing::warn!(model, version = %id, "{warning}");
+            tracing::warn!(model = &*facts.name, version = %facts.id, "{warning}");
         }
     }
 

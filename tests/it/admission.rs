@@ -26,7 +26,7 @@ fn bodies_that_are_announced_and_not_sent_take_no_bytes_from_others() {
     let models = Models::new().with("digits");
     let server = TestServer::of(models.path()).set("limits.body", "1MiB").set("limits.request_bytes", "1MiB").start();
     let slow: Vec<TcpStream> = (0..8).map(|_| begin(&server, 1 << 19, "")).collect();
-    server.eventually("eight are admitted", |s| s.metrics().sum("tidegate_in_flight_requests", &[]) == 8.0);
+    server.eventually("eight are admitted", |s| s.metrics().sum("tidegate_inflight", &[]) == 8.0);
     let reply = server.infer("digits", &digit());
     assert_eq!(reply.status, 200, "{}", reply.text());
     drop(slow);
@@ -43,6 +43,6 @@ fn a_deadline_holds_while_the_body_comes() {
     let mut request = digit();
     request["parameters"] = json!({"timeout": 1});
     assert_eq!(server.infer("digits", &request).status, 504);
-    server.eventually("all places are free", |s| s.metrics().sum("tidegate_in_flight_requests", &[]) == 0.0);
+    server.eventually("all places are free", |s| s.metrics().sum("tidegate_inflight", &[]) == 0.0);
     assert_eq!(server.metrics().sum("tidegate_requests_refused_total", &["deadline_exceeded"]), 1.0);
 }

@@ -173,7 +173,7 @@ impl Target {
         assert_eq!(golden(&self.server), self.golden, "after {after}");
         self.server.eventually(&format!("nothing is in flight after {after}"), |server| {
             let metrics = server.metrics();
-            ["in_flight_requests", "in_flight_bytes", "queue_depth", "queue_bytes"]
+            ["inflight", "inflight_bytes", "queue_depth", "queue_bytes"]
                 .iter()
                 .all(|gauge| metrics.sum(&format!("tidegate_{gauge}"), &[]) == 0.0)
         });

@@ -85,12 +85,12 @@ pub fn refused(server: &TestServer, protocol: &str, kind: &str) -> f64 {
 }
 
 pub fn in_flight(server: &TestServer) -> f64 {
-    server.metrics().sum("tidegate_in_flight_requests", &[])
+    server.metrics().sum("tidegate_inflight", &[])
 }
 
 /// Nothing that is over is still counted as being here.
 pub fn is_at_rest(server: &TestServer) -> bool {
-    in_flight(server) == 0.0 && server.metrics().sum("tidegate_in_flight_bytes", &[]) == 0.0
+    in_flight(server) == 0.0 && server.metrics().sum("tidegate_inflight_bytes", &[]) == 0.0
 }
 
 /// A body of given frames that ends, or falls silent.

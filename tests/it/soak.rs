@@ -190,7 +190,7 @@ fn memory_stays_flat_under_load_that_nobody_scrapes() {
     let metrics = process.scrape();
     let counted = metrics.sum("tidegate_requests_total", &[]) + metrics.sum("tidegate_requests_refused_total", &[]);
     assert_eq!(counted, (sizes.len() * ROUND) as f64);
-    assert_eq!(metrics.sum("tidegate_in_flight_requests", &[]), 0.0);
+    assert_eq!(metrics.sum("tidegate_inflight", &[]), 0.0);
     let named = metrics.count(&["unknown-"]) + metrics.count(&["request-"]) + metrics.count(&["input-"]);
     assert_eq!(named, 0, "series are named by what clients invent");
 }
@@ -248,7 +248,7 @@ fn computing() -> (Models, Process, TcpStream) {
     let body = json!({"inputs": [{"name": "steps", "shape": [], "datatype": "INT64", "data": [250_000]}]}).to_string();
     let stream = send(process.http, &post("slow", "", body.as_bytes())).unwrap();
     let started = Instant::now();
-    while process.scrape().sum("tidegate_in_flight_requests", &[]) < 1.0 {
+    while process.scrape().sum("tidegate_inflight", &[]) < 1.0 {
         assert!(started.elapsed() < PATIENCE, "the request never arrives");
     }
     (models, process, stream)

@@ -39,7 +39,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("hyper_util", &["server"]),
     ("socket2", &["server"]),
     ("serde", &["protocol/rest", "registry", "cli"]),
-    ("serde_json", &["protocol/rest", "registry", "cli"]),
+    ("serde_json", &["protocol/rest", "registry", "tensor/json.rs", "cli"]),
     ("toml", &["config", "registry"]),
     ("clap", &["cli"]),
     ("anyhow", &["cli"]),
@@ -56,7 +56,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("http_body", &["protocol", "server"]),
     ("http_body_util", &["protocol"]),
     ("bytes", &["tensor", "backend", "protocol", "server"]),
-    ("half", &["tensor", "backend", "registry", "protocol"]),
+    ("half", &["tensor", "backend", "monitor/distribution", "registry", "protocol"]),
     ("bytemuck", &["tensor", "backend/onnxruntime"]),
 ];
 

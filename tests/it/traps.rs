@@ -173,6 +173,14 @@ fn without_the_library_the_log_says_tract() {
     assert_eq!(backends("engine chosen"), ["tract"], "{log:?}");
     let ready = backends("version ready");
     assert!(!ready.is_empty() && ready.iter().all(|backend| *backend == "tract"), "{log:?}");
+    for line in log.iter().filter(|line| line["message"] == "version ready") {
+        assert!(line["instances"].as_u64() > Some(0) && line["batching"].is_boolean(), "{line}");
+        assert!(line["batching_reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{line}");
+        let told = log.iter().filter(|other| {
+            other["level"] == "INFO" && (&other["model"], &other["version"]) == (&line["model"], &line["version"])
+        });
+        assert_eq!(told.count(), 1, "one line tells that a version is ready: {log:?}");
+    }
     let reason = log.iter().find(|line| line["message"] == "engine chosen").unwrap()["reason"].as_str().unwrap();
     assert!(reason.contains("no ONNX Runtime library"), "{reason}");
 }

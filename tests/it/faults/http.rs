@@ -272,9 +272,9 @@ fn a_client_that_leaves_leaves_nothing_behind() {
     let sent = to_sentinel(&[("Content-Length", "1000")], b"{\"inputs\":");
     let mut stream = TcpStream::connect(target.server.addresses.http).unwrap();
     stream.write_all(&sent).unwrap();
-    target.server.eventually("A7: the request is in flight", |server| {
-        server.metrics().sum("tidegate_in_flight_requests", &[]) == 1.0
-    });
+    target
+        .server
+        .eventually("A7: the request is in flight", |server| server.metrics().sum("tidegate_inflight", &[]) == 1.0);
     drop(stream);
     target.server.eventually("A7: it is cancelled", |_| cancelled(&target) == 1.0);
     target.is_unharmed("A7 (10 of 1000 bytes)");

@@ -2,30 +2,47 @@
 //!
 //! An integer is taken where its value is one, however it is written (`2`, `2.0`, `2e0`), and refused where it has a
 //! fraction or does not fit. FP32 and FP64 are the nearest value to the decimal text; FP16 and BF16 the nearest even to
-//! that text's FP64. What would round to infinity is refused: JSON has no infinity.
-
-use std::fmt;
+//! that text's FP64. What would round to infinity is refused: JSON has no infinity. Pure.
 
 use half::{bf16, f16};
 
-use crate::error::{Error, Result};
-use crate::tensor::{DataType, Element};
+use super::{DataType, Element};
 
 pub(super) trait Number: Element {
     /// From a JSON number's text.
-    fn read(token: &str) -> Result<Self, Fault>;
+    fn read(token: &str) -> Result<Self, ElementError>;
+
+    /// From one of the strings that stand for what JSON has no number for, quotes included. Integers have none.
+    fn named(_token: &str) -> Option<Self> {
+        None
+    }
+}
+
+/// Why an element was refused: what was found, and what was expected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ElementError {
+    #[error("{found}, expected {expected}")]
+    Type { found: &'static str, expected: &'static str },
+    #[error("a number out of range, expected {dtype}")]
+    Range { dtype: DataType },
+    #[error("a number with a fraction, expected {dtype}")]
+    Fraction { dtype: DataType },
+    #[error("a string with half a surrogate pair, expected Unicode")]
+    Escape,
+    #[error("a string of 4 GiB or more, expected a shorter one")]
+    TooLong,
 }
 
 macro_rules! integers {
     ($($rust:ty),*) => {
         $(impl Number for $rust {
-            fn read(token: &str) -> Result<Self, Fault> {
+            fn read(token: &str) -> Result<Self, ElementError> {
                 let dtype = Self::DTYPE;
                 // Plain digits, which is nearly always; the rest is rare enough to be slow.
                 if let Ok(value) = token.parse() {
                     return Ok(value);
                 }
-                Self::try_from(integer(token, dtype)?).map_err(|_| Fault::Range { dtype })
+                Self::try_from(integer(token, dtype)?).map_err(|_| ElementError::Range { dtype })
             }
         })*
     };
@@ -35,9 +52,14 @@ integers!(u8, u16, u32, u64, i8, i16, i32, i64);
 macro_rules! floats {
     ($($rust:ty: $read:expr),* $(,)?) => {
         $(impl Number for $rust {
-            fn read(token: &str) -> Result<Self, Fault> {
+            fn read(token: &str) -> Result<Self, ElementError> {
                 let read: fn(&str) -> Option<$rust> = $read;
-                read(token).filter(|value| value.is_finite()).ok_or(Fault::Range { dtype: Self::DTYPE })
+                read(token).filter(|value| value.is_finite()).ok_or(ElementError::Range { dtype: Self::DTYPE })
+            }
+
+            fn named(token: &str) -> Option<Self> {
+                let known = matches!(token, r#""NaN""# | r#""Infinity""# | r#""-Infinity""#);
+                if known { token.trim_matches('"').parse().ok() } else { None }
             }
         })*
     };
@@ -53,7 +75,7 @@ floats! {
 const MAX_DIGITS: usize = 20;
 
 /// The value of a JSON number that is whole, however written, in time linear in its length.
-fn integer(token: &str, dtype: DataType) -> Result<i128, Fault> {
+fn integer(token: &str, dtype: DataType) -> Result<i128, ElementError> {
     let (negative, token) = token.strip_prefix('-').map_or((false, token), |rest| (true, rest));
     let (mantissa, exponent) = token.split_once(['e', 'E']).unwrap_or((token, "0"));
     let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
@@ -67,10 +89,10 @@ fn integer(token: &str, dtype: DataType) -> Result<i128, Fault> {
     let zeros = digits.len() - significant.len();
     let scale = power(exponent) + zeros as i64 - fraction.len() as i64;
     let Ok(scale) = u32::try_from(scale) else {
-        return Err(if scale < 0 { Fault::Fraction { dtype } } else { Fault::Range { dtype } });
+        return Err(if scale < 0 { ElementError::Fraction { dtype } } else { ElementError::Range { dtype } });
     };
     if significant.len() + scale as usize > MAX_DIGITS {
-        return Err(Fault::Range { dtype });
+        return Err(ElementError::Range { dtype });
     }
     let value = significant.bytes().fold(0, |value, digit| value * 10 + i128::from(digit - b'0'));
     let value = value * 10i128.pow(scale);
@@ -89,40 +111,12 @@ fn power(exponent: &str) -> i64 {
     if negative { -value } else { value }
 }
 
-/// Why an element was refused.
-pub(super) enum Fault {
-    Type { found: &'static str, expected: &'static str },
-    Range { dtype: DataType },
-    Fraction { dtype: DataType },
-    Escape,
-    TooLong { max: usize },
-}
-
-impl Fault {
-    pub(super) fn at(self, name: &str, index: usize) -> Error {
-        let message = format!("element {index} of input '{name}' is {self}");
-        if matches!(self, Fault::TooLong { .. }) { Error::too_large(message) } else { Error::invalid(message) }
-    }
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Fault::Type { found, expected } => write!(f, "{found}, expected {expected}"),
-            Fault::Range { dtype } => write!(f, "a number out of range, expected {dtype}"),
-            Fault::Fraction { dtype } => write!(f, "a number with a fraction, expected {dtype}"),
-            Fault::Escape => f.write_str("a string with half a surrogate pair, expected Unicode"),
-            Fault::TooLong { max } => write!(f, "longer than expected: at most {max} bytes"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn one<T: Number>(text: &str) -> Result<T> {
-        T::read(text).map_err(|fault| fault.at("x", 0))
+    fn one<T: Number>(text: &str) -> Result<T, ElementError> {
+        T::read(text)
     }
 
     #[test]
@@ -151,10 +145,10 @@ mod tests {
     #[test]
     fn integers_that_do_not_fit_are_refused() {
         for text in ["9223372036854775808", "-9223372036854775809", "1e19", "1e400", "1e99999999999999999999"] {
-            assert!(one::<i64>(text).unwrap_err().message().contains("out of range"), "{text}");
+            assert_eq!(one::<i64>(text), Err(ElementError::Range { dtype: DataType::Int64 }), "{text}");
         }
         for text in ["1.5", "1e-1", "15e-1", "0.1", "1e-99999999999999999999", "123456789012345678901234567890.5"] {
-            assert!(one::<i64>(text).unwrap_err().message().contains("fraction"), "{text}");
+            assert_eq!(one::<i64>(text), Err(ElementError::Fraction { dtype: DataType::Int64 }), "{text}");
         }
         assert!(one::<u64>("18446744073709551616").is_err() && one::<u64>("-1").is_err());
         assert!(one::<u8>("300").is_err() && one::<i8>("128").is_err() && one::<u32>("-1").is_err());
@@ -178,5 +172,16 @@ mod tests {
         assert!(one::<f64>("1e999").is_err() && one::<f16>("65520").is_err() && one::<bf16>("3.4e38").is_err());
         assert!(one::<f64>(&format!("0.{}", "1".repeat(1_000_000))).is_ok());
         assert!(one::<f64>(&format!("1e{}", "9".repeat(1_000_000))).is_err());
+    }
+
+    #[test]
+    fn floats_have_three_names_and_integers_none() {
+        assert!(f32::named("\"NaN\"").unwrap().is_nan() && bf16::named("\"NaN\"").unwrap().is_nan());
+        assert_eq!(f64::named("\"Infinity\""), Some(f64::INFINITY));
+        assert_eq!(f16::named("\"-Infinity\""), Some(f16::NEG_INFINITY));
+        for text in ["\"nan\"", "\"inf\"", "\"1\"", "\"\"", "NaN", "\"+Infinity\""] {
+            assert_eq!(f32::named(text), None, "{text}");
+        }
+        assert_eq!(i8::named("\"NaN\""), None);
     }
 }
