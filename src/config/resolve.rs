@@ -159,6 +159,12 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
     let drain_timeout = texts.duration("drain_timeout");
     let max_body = texts.size("limits.body");
     let body_timeout = texts.timeout("timeouts.body");
+    let budget =
+        BudgetConfig { max_requests: texts.count("limits.requests"), max_bytes: texts.size("limits.request_bytes") };
+    if budget.max_bytes < max_body {
+        let found = format!("{} bytes", budget.max_bytes);
+        texts.problem("limits.request_bytes", found, &format!("at least `limits.body`, {max_body} bytes"));
+    }
     Resolved {
         log_format: texts.take("log_format", LogFormat::Text, "`text` or `json`", |text| match text {
             "text" => Some(LogFormat::Text),
@@ -188,10 +194,7 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
                 idle_timeout: texts.timeout("timeouts.idle"),
                 write_timeout: texts.timeout("timeouts.write"),
             },
-            budget: BudgetConfig {
-                max_requests: texts.count("limits.requests"),
-                max_bytes: texts.size("limits.request_bytes"),
-            },
+            budget,
             rest: rest::Config {
                 max_body_bytes: max_body,
                 max_json_header_bytes: texts.size("limits.json_header"),
@@ -306,6 +309,14 @@ mod tests {
         has("TIDEGATE_LIMITS_BODY: found `64`, expected a size");
         has("--registry: found nothing");
         assert_eq!(texts.len(), 6, "{texts:#?}");
+    }
+
+    #[test]
+    fn one_body_fits_into_what_all_bodies_may_take() {
+        let of = |all: &str| with(&[("registry", "m")], Some(&format!("limits.request_bytes = \"{all}\"")), &[]);
+        assert!(of("64MiB").is_ok());
+        let problems = of("63MiB").unwrap_err().to_string();
+        assert!(problems.contains("limits.request_bytes: found 66060288 bytes"), "{problems}");
     }
 
     #[test]

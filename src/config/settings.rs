@@ -71,7 +71,7 @@ pub static SETTINGS: &[Setting] = &[
     file_only(
         "timeouts.write",
         "30s",
-        "how long a client may take nothing of an answer that is ready for it; then its connection is closed",
+        "how long a client may take nothing (less than about 128 KiB) of an answer that is ready for it; then its connection takes no new requests, and is cut after as long again",
     ),
     file_only("timeouts.body", "30s", "how long a client may take to send a request's body"),
 ];

@@ -3,12 +3,14 @@
 //!
 //! Pure. A count or a name over its limit is InvalidInput; what would take memory or time is TooLarge.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 
 use crate::engine::{Engine, IndexEntry, Trace};
 use crate::error::{Error, Kind, Result, quoted};
-use crate::request::{InferResponse, MAX_NAME_BYTES};
+use crate::request::{InferResponse, MAX_NAME_BYTES, Permit};
 use crate::tensor::{DataType, Shape, Tensor};
 
 pub(super) const MAX_INPUTS: usize = 64;
@@ -129,11 +131,23 @@ pub(super) fn server_timing(response: &InferResponse) -> String {
     phases.map(|(name, duration)| format!("{name};dur={:.3}", duration.as_secs_f64() * 1e3)).join(", ")
 }
 
-/// The next bytes of an answer to hand to its connection. What a connection has taken waits there for a slow reader
-/// without a permit: little enough at once not to matter.
-pub(super) fn piece(rest: &mut Bytes) -> Bytes {
+/// The next bytes of an answer to hand to its connection. They keep the request's place in the server until the last of
+/// them is gone: HTTP/2 buffers what it has asked for, however small its client's window.
+pub(super) fn piece(rest: &mut Bytes, permit: &Arc<Permit>) -> Bytes {
     const MAX_BYTES: usize = 256 << 10;
-    rest.split_to(rest.len().min(MAX_BYTES))
+    let bytes = rest.split_to(rest.len().min(MAX_BYTES));
+    Bytes::from_owner(Piece { bytes, _permit: Arc::clone(permit) })
+}
+
+struct Piece {
+    bytes: Bytes,
+    _permit: Arc<Permit>,
+}
+
+impl AsRef<[u8]> for Piece {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 /// The repository's versions, or only those that serve.

@@ -1,9 +1,9 @@
 //! Answers that a connection has been given and whose client has not taken them yet.
 //!
 //! HTTP/2 has flow control of its own above the socket's: a client can keep a stream's window shut on a connection that
-//! is otherwise well, and so keep the answer's memory and its place in the server. So each answer says when it last
-//! moved, and the connection's owner ends a connection with one that stands still. An answer that has nothing to give
-//! yet is not its client's to take.
+//! is otherwise well, and so keep the answer's memory and its place in the server. So each answer notes when some of it
+//! last moved, and the connection's owner acts on one that stands still. An answer that has nothing to give yet is not
+//! its client's to take.
 //!
 //! Invariant: an answer is listed until its body and every byte of it that the connection buffered are gone.
 
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
@@ -24,8 +24,16 @@ pub(super) struct Untaken(Mutex<State>);
 #[derive(Default)]
 struct State {
     next: u64,
-    /// By answer: when it last moved, if it is the client's to move it.
-    moved: HashMap<u64, Option<Instant>>,
+    answers: HashMap<u64, Progress>,
+}
+
+struct Progress {
+    /// When the connection last took some of it.
+    moved: Instant,
+    /// Pieces in the connection's buffers.
+    buffered: usize,
+    /// The body was asked for more and has none yet.
+    empty: bool,
 }
 
 impl Untaken {
@@ -34,22 +42,27 @@ impl Untaken {
         let mut state = self.state();
         let id = state.next;
         state.next += 1;
-        state.moved.insert(id, Some(Instant::now()));
+        state.answers.insert(id, Progress { moved: Instant::now(), buffered: 0, empty: false });
         Followed { body, answer: Arc::new(Answer { id, untaken: Arc::clone(self), _held: held }) }
     }
 
     /// Completes when an answer has stood still for so long.
     pub(super) async fn stands_still(&self, limit: Duration) {
         loop {
-            let oldest = self.state().moved.values().flatten().min().copied();
             let now = Instant::now();
             // What is listed later cannot be due earlier.
-            let due = oldest.unwrap_or(now) + limit;
+            let due = self.oldest().unwrap_or(now) + limit;
             if due <= now {
                 return;
             }
             tokio::time::sleep_until(due).await;
         }
+    }
+
+    fn oldest(&self) -> Option<Instant> {
+        let state = self.state();
+        let its_clients = state.answers.values().filter(|answer| answer.buffered > 0 || !answer.empty);
+        its_clients.map(|answer| answer.moved).min()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -65,14 +78,17 @@ struct Answer<H> {
 }
 
 impl<H> Answer<H> {
-    fn moved(&self, at: Option<Instant>) {
-        self.untaken.state().moved.insert(self.id, at);
+    fn note(&self, change: impl FnOnce(&mut Progress)) {
+        if let Some(progress) = self.untaken.state().answers.get_mut(&self.id) {
+            progress.moved = Instant::now();
+            change(progress);
+        }
     }
 }
 
 impl<H> Drop for Answer<H> {
     fn drop(&mut self) {
-        self.untaken.state().moved.remove(&self.id);
+        self.untaken.state().answers.remove(&self.id);
     }
 }
 
@@ -82,32 +98,51 @@ pub(super) struct Followed<B, H> {
     answer: Arc<Answer<H>>,
 }
 
-/// Bytes in the connection's buffers, which keep their answer listed.
-struct Buffered<H> {
+/// Bytes in the connection's buffers: they keep their answer listed and note when some of them are taken.
+pub(super) struct Piece<H> {
     bytes: Bytes,
-    _answer: Arc<Answer<H>>,
+    answer: Arc<Answer<H>>,
 }
 
-impl<H> AsRef<[u8]> for Buffered<H> {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
+impl<H> Piece<H> {
+    fn new(bytes: Bytes, answer: &Arc<Answer<H>>) -> Piece<H> {
+        answer.note(|progress| progress.buffered += 1);
+        Piece { bytes, answer: Arc::clone(answer) }
+    }
+}
+
+impl<H> Drop for Piece<H> {
+    fn drop(&mut self) {
+        self.answer.note(|progress| progress.buffered -= 1);
+    }
+}
+
+impl<H> Buf for Piece<H> {
+    fn remaining(&self) -> usize {
+        self.bytes.remaining()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.bytes.chunk()
+    }
+
+    fn advance(&mut self, count: usize) {
+        self.bytes.advance(count);
+        self.answer.note(|_| {});
     }
 }
 
 impl<B, H> Body for Followed<B, H>
 where
     B: Body<Data = Bytes> + Unpin,
-    H: Send + Sync + 'static,
 {
-    type Data = Bytes;
+    type Data = Piece<H>;
     type Error = B::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Piece<H>>, B::Error>>> {
         let frame = Pin::new(&mut self.body).poll_frame(cx);
-        self.answer.moved(frame.is_ready().then(Instant::now));
-        let answer = &self.answer;
-        let buffered = |bytes| Bytes::from_owner(Buffered { bytes, _answer: Arc::clone(answer) });
-        frame.map_ok(|frame| frame.map_data(buffered))
+        self.answer.note(|progress| progress.empty = frame.is_pending());
+        frame.map_ok(|frame| frame.map_data(|bytes| Piece::new(bytes, &self.answer)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -156,6 +191,10 @@ mod tests {
         Script(frames.iter().copied().collect())
     }
 
+    async fn data<H>(answer: &mut Followed<Script, H>) -> Piece<H> {
+        answer.frame().await.unwrap().unwrap().into_data().ok().expect("data")
+    }
+
     async fn stands_still_within(untaken: &Untaken, time: Duration) -> bool {
         tokio::time::timeout(time, untaken.stands_still(LIMIT)).await.is_ok()
     }
@@ -193,13 +232,28 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_answer_with_nothing_to_give_does_not_stand_still() {
+    async fn an_answer_with_nothing_to_give_does_not_stand_still_once_all_it_gave_is_taken() {
         let untaken = Arc::<Untaken>::default();
-        let mut answer = untaken.follow(script(&[None, Some(b"x")]), ());
+        let mut answer = untaken.follow(script(&[Some(b"given"), None, Some(b"later")]), ());
+        let given = data(&mut answer).await;
         let pending = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut answer).poll_frame(cx).is_pending()));
         assert!(pending.await);
+        assert!(stands_still_within(&untaken, LIMIT).await, "some is buffered");
+        drop(given);
         assert!(!stands_still_within(&untaken, 3 * LIMIT).await);
-        assert!(answer.frame().await.is_some());
+        let _later = data(&mut answer).await;
+        assert!(stands_still_within(&untaken, LIMIT).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_byte_taken_of_a_piece_starts_the_time_anew() {
+        let untaken = Arc::<Untaken>::default();
+        let mut answer = untaken.follow(script(&[Some(b"abc")]), ());
+        let mut piece = data(&mut answer).await;
+        for _ in 0..3 {
+            assert!(!stands_still_within(&untaken, NEARLY).await);
+            piece.advance(1);
+        }
         assert!(stands_still_within(&untaken, LIMIT).await);
     }
 
@@ -208,13 +262,13 @@ mod tests {
         let untaken = Arc::<Untaken>::default();
         let held = Arc::new(());
         let mut answer = untaken.follow(script(&[Some(b"left over")]), Arc::clone(&held));
-        let data = answer.frame().await.unwrap().unwrap().into_data().unwrap();
+        let mut piece = data(&mut answer).await;
         assert!(answer.frame().await.is_none());
-        let part = data.slice(5..);
-        drop((answer, data));
-        assert_eq!((&part[..], Arc::strong_count(&held)), (&b"over"[..], 2));
+        drop(answer);
+        piece.advance(5);
+        assert_eq!((piece.chunk(), Arc::strong_count(&held)), (&b"over"[..], 2));
         assert!(stands_still_within(&untaken, LIMIT).await);
-        drop(part);
+        drop(piece);
         assert_eq!(Arc::strong_count(&held), 1);
         assert!(!stands_still_within(&untaken, 3 * LIMIT).await);
     }

@@ -13,7 +13,7 @@ use http::HeaderMap;
 use http_body::Frame;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use hyper::client::conn::http2::{SendRequest, handshake};
+use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
 use serde_json::json;
@@ -146,8 +146,14 @@ impl Answer {
 
 impl Http2 {
     pub async fn connect(authority: SocketAddr) -> Http2 {
+        Http2::with_window(authority, 1 << 20).await
+    }
+
+    /// `window`: what each stream's answer may be ahead of its reader, in bytes.
+    async fn with_window(authority: SocketAddr, window: u32) -> Http2 {
         let stream = tokio::net::TcpStream::connect(authority).await.unwrap();
-        let (sender, connection) = handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+        let builder = http2::Builder::new(TokioExecutor::new()).initial_stream_window_size(window).clone();
+        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);
         Http2 { sender, authority }
     }
@@ -628,9 +634,28 @@ async fn a_slow_reader_keeps_its_place_until_it_has_its_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn an_answer_keeps_its_place_while_http2_buffers_it() {
+    /// Of 16 bytes: one piece of an answer, far more than the stream's window.
+    const ROWS: usize = 12 << 10;
+    const WINDOW: u32 = 1000;
+    let (_models, server) = echo_server(&[]);
+    let mut http2 = Http2::with_window(server.addresses.grpc, WINDOW).await;
+    let message = Frames::of(framed(0, &echo(ROWS).encode_to_vec()));
+    let answer = timeout(PATIENCE, http2.begin("POST", INFER, &GRPC, message)).await.expect("an answer");
+    // What comes later on the connection shows that the answer's body has been taken up.
+    let question = Frames::of(framed(0, &[]));
+    let path = "/inference.GRPCInferenceService/ServerLive";
+    assert_eq!(http2.send("POST", path, &GRPC, question).await.status().code(), Code::Ok);
+    assert_eq!(in_flight(&server), 1.0);
+    let body = timeout(PATIENCE, answer.into_body().collect()).await.expect("the rest").unwrap();
+    assert_eq!(Status::from_header_map(body.trailers().unwrap()).unwrap().code(), Code::Ok);
+    server.eventually("every place is free", is_at_rest);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_reader_that_takes_nothing_loses_its_place() {
     const ROWS: usize = 1 << 20;
-    let (_models, server) = echo_server(&[("timeouts.write", "50ms")]);
+    let (_models, server) = echo_server(&[("timeouts.write", "500ms")]);
     let mut http2 = Http2::connect(server.addresses.grpc).await;
     let message = Frames::of(framed(0, &echo(ROWS).encode_to_vec()));
     // The connection answers pings, but the stream's window stays shut.

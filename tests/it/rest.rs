@@ -388,15 +388,14 @@ fn refusals_say_which_prediction_they_were_and_who_answered() {
 
 #[test]
 fn bodies_share_a_budget() {
-    let (_models, server) = echo_server(&[("limits.request_bytes", "900B")]);
-    let reply = server.post(ECHO, vec![b' '; 901]);
+    let (_models, server) = echo_server(&[("limits.body", "900B"), ("limits.request_bytes", "900B")]);
+    // What a compressed body holds counts, and so do the tensors read from a body.
+    let spaces = encoded("gzip", &[b' '; 900]);
+    let reply = server.post_with(ECHO, &[("Content-Encoding", "gzip")], spaces);
     assert_eq!((reply.status, reply.header("retry-after")), (503, Some("1")));
-    // What a compressed body holds counts, too, and so do the tensors read from it.
-    let spaces = encoded("gzip", &[b' '; 901]);
-    assert_eq!(server.post_with(ECHO, &[("Content-Encoding", "gzip")], spaces).status, 503);
-    let zeros = json!({"inputs": [input("x", "FP32", json!([1, 300]), json!(vec![0; 300]))]});
+    let zeros = json!({"inputs": [input("x", "FP32", json!([1, 200]), json!(vec![0; 200]))]});
     assert_eq!(server.infer("identity_fp32", &zeros).status, 503);
-    assert_eq!(refused(&server, "http", "overloaded"), 3.0);
+    assert_eq!(refused(&server, "http", "overloaded"), 2.0);
     server.eventually("every place is free", is_at_rest);
     assert_eq!(server.infer("identity_fp32", &one_row(json!([1, 2]))).status, 200);
 }

@@ -313,22 +313,21 @@ pub(super) fn too_long(found: usize, limit: usize) -> Error {
 
 type Waiting = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
 
-/// An answer's body, holding the request's place until it is written.
+/// An answer's body. It and its pieces hold the request's place until the last byte is written.
 pub(super) struct Outward {
     inner: tonic::body::Body,
     /// Of the last frame: handed over piece by piece, as HTTP/2 asks for the next one before it has sent the last.
     rest: Bytes,
     /// Where the first frame takes long: for a place to encode it in.
     waiting: Option<Waiting>,
-    /// Held, not read.
-    _permit: Permit,
+    permit: Arc<Permit>,
 }
 
 impl Outward {
     /// A long answer is encoded in one of the `places`.
     pub(super) fn new(inner: tonic::body::Body, permit: Permit, places: Option<Arc<Semaphore>>) -> Outward {
         let waiting = places.map(|places| -> Waiting { Box::pin(places.acquire_owned()) });
-        Outward { inner, rest: Bytes::new(), waiting, _permit: permit }
+        Outward { inner, rest: Bytes::new(), waiting, permit: Arc::new(permit) }
     }
 }
 
@@ -355,7 +354,7 @@ impl Body for Outward {
                 end => return Poll::Ready(end),
             }
         }
-        Poll::Ready(Some(Ok(Frame::data(common::piece(&mut this.rest)))))
+        Poll::Ready(Some(Ok(Frame::data(common::piece(&mut this.rest, &this.permit)))))
     }
 
     fn is_end_stream(&self) -> bool {

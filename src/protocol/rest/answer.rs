@@ -1,11 +1,12 @@
 //! The response: JSON, or JSON and the bytes of the outputs asked for as binary; its headers; its compression.
 //!
-//! Binary outputs go out as they are, in pieces that share the engine's buffer. The body owns the request's permit, so
-//! that a slow reader keeps its place in the server until it has read the answer.
+//! Binary outputs go out as they are, in pieces that share the engine's buffer. The body and its pieces own the request's
+//! permit, so that a slow reader keeps its place in the server until it has read the answer.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use axum::body::Body;
@@ -74,7 +75,7 @@ pub(super) async fn write(app: &App, response: InferResponse, wanted: Wanted, ac
     if written.encoding != Encoding::Identity {
         headers.insert(CONTENT_ENCODING, HeaderValue::from_static(written.encoding.name()));
     }
-    let frames = Frames { frames: written.frames.into(), _permit: permit };
+    let frames = Frames { frames: written.frames.into(), permit: Arc::new(permit) };
     headers.insert(CONTENT_LENGTH, HeaderValue::from(frames.remaining()));
     let mut answer = Response::new(Body::new(frames));
     *answer.headers_mut() = headers;
@@ -187,11 +188,11 @@ fn text_length(tensor: &Tensor) -> usize {
     tensor.shape().elements().saturating_mul(per_element)
 }
 
-/// A body of ready frames, none empty, that holds the request's permit until the last piece is taken or the client has
-/// gone.
+/// A body of ready frames, none empty. It and its pieces hold the request's permit until the last byte is written or the
+/// client has gone.
 struct Frames {
     frames: VecDeque<Bytes>,
-    _permit: Permit,
+    permit: Arc<Permit>,
 }
 
 impl Frames {
@@ -205,7 +206,8 @@ impl http_body::Body for Frames {
     type Error = Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let piece = self.frames.front_mut().map(common::piece);
+        let Frames { frames, permit } = &mut *self;
+        let piece = frames.front_mut().map(|frame| common::piece(frame, permit));
         if self.frames.front().is_some_and(Bytes::is_empty) {
             self.frames.pop_front();
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{FromRequestParts, RawPathParams, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::{MethodRouter, get, post};
 use http::StatusCode;
 use http::request::Parts;
@@ -169,7 +169,7 @@ async fn metadata(State(app): State<App>, Target(target): Target) -> Result<Resp
         outputs: model.signature.outputs.iter().map(TensorMetadata::of).collect(),
         properties: &model.properties,
     };
-    Ok(json(StatusCode::OK, &body).into_response())
+    Ok(json(StatusCode::OK, &body))
 }
 
 #[derive(Serialize)]
