@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use crate::error::{Error, Kind, Result};
 
-/// Jobs that may wait for one pool's threads; more are refused as overload. Far more than a client waits out.
+/// Jobs that may wait for one pool's threads before more are refused as overload. Far more than a client waits out.
 const MAX_PENDING: usize = 256;
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -64,25 +64,24 @@ impl Pool {
         F: FnOnce() -> T + Send + 'static,
     {
         let (job, result) = job(work);
-        let queued = self.shared.push(job);
+        let queued = self.shared.push_if_room(job);
         async move {
-            if queued.is_err() {
+            if !queued {
                 return Err(Error::new(Kind::Overloaded, "server is overloaded: too many requests wait to be parsed"));
             }
             result.await
         }
     }
 
-    /// As [`Pool::run`], for what must not be refused: where the queue is full the caller's own thread does the work.
+    /// As [`Pool::run`], for what must not be refused: it is queued however many wait. Its callers hold permits, which
+    /// bound it.
     pub fn finish<T, F>(&self, work: F) -> impl Future<Output = Result<T>> + Send + use<T, F>
     where
         T: Send + 'static,
         F: FnOnce() -> T + Send + 'static,
     {
         let (job, result) = job(work);
-        if let Err(job) = self.shared.push(job) {
-            job();
-        }
+        self.shared.push(job);
         result
     }
 
@@ -124,16 +123,20 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    /// Gives the job back where the queue is full.
-    fn push(&self, job: Job) -> Result<(), Job> {
-        let mut queue = self.lock();
-        if queue.jobs.len() >= self.max_pending {
-            return Err(job);
-        }
-        queue.jobs.push_back(job);
-        drop(queue);
+    fn push(&self, job: Job) {
+        self.lock().jobs.push_back(job);
         self.wake.notify_one();
-        Ok(())
+    }
+
+    /// False, and the job dropped, where the queue is full.
+    fn push_if_room(&self, job: Job) -> bool {
+        let mut queue = self.lock();
+        let room = queue.jobs.len() < self.max_pending;
+        if room {
+            queue.jobs.push_back(job);
+            self.wake.notify_one();
+        }
+        room
     }
 
     fn work(&self) {
@@ -221,17 +224,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_full_queue_refuses_what_may_be_refused() {
+    async fn a_full_queue_refuses_what_may_be_refused_and_takes_the_rest() {
         let pool = pool(1, 2);
         let (release, first) = occupy(&pool);
         let one: fn() -> i32 = || 1;
         let waiting = [pool.run(one), pool.run(one)];
         assert_eq!(pool.run(|| ()).await.unwrap_err().kind(), Kind::Overloaded);
-        let here = pool.finish(|| std::thread::current().id()).await.unwrap();
-        assert_eq!(here, std::thread::current().id());
-        assert_eq!(pool.finish(|| -> () { panic!("planted") }).await.unwrap_err().kind(), Kind::Internal);
+        let finished = pool.finish(|| std::thread::current().id());
         drop(release);
         first.await.unwrap();
+        assert_ne!(finished.await.unwrap(), std::thread::current().id());
         for job in waiting {
             assert_eq!(job.await.unwrap(), 1);
         }

@@ -102,6 +102,17 @@ impl QueueChanged<'_> {
     }
 }
 
+/// A request was refused because its version's queue is full.
+pub struct QueueRejected<'a> {
+    pub version: &'a VersionMonitor,
+}
+
+impl QueueRejected<'_> {
+    pub fn emit(self) {
+        self.version.handles.queue_rejected.increment(1);
+    }
+}
+
 /// A version is warm and takes requests from now on.
 pub struct VersionLoaded<'a> {
     pub version: &'a VersionMonitor,

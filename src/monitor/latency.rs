@@ -28,12 +28,14 @@ pub(super) struct Handles {
     pub(super) executions: Counter,
     pub(super) execution_failures: Counter,
     pub(super) inferences: Counter,
+    pub(super) queue_rejected: Counter,
 }
 
 impl Handles {
     pub(super) fn new(exporter: Arc<Exporter>, model: Arc<str>, version: Arc<str>) -> Handles {
         let counter = |metric| exporter.counter(metric, &[&model, &version]);
         let (executions, inferences) = (counter(&names::EXECUTIONS), counter(&names::INFERENCES));
+        let queue_rejected = counter(&names::QUEUE_REJECTED);
         let execution_failures = counter(&names::EXECUTION_FAILURES);
         let handles = Handles {
             exporter,
@@ -47,6 +49,7 @@ impl Handles {
             executions,
             execution_failures,
             inferences,
+            queue_rejected,
         };
         for protocol in PROTOCOLS {
             // Registered at 0 so that rates are right from the first request on.

@@ -114,7 +114,7 @@ table! {
             "Inference requests refused before a version was chosen: unknown models, malformed bodies, a full server.";
         REQUEST_DURATION = Shape::Histogram(DURATION_BUCKETS), "tidegate_request_duration_seconds", "seconds",
             ["model", "version", "protocol"],
-            "Time from admission to the answer, of requests answered with ok.";
+            "Time from a request's head to its answer, formatted over REST, yet to be encoded over gRPC; of those answered with ok.";
         QUEUE_DURATION = Shape::Histogram(DURATION_BUCKETS), "tidegate_queue_duration_seconds", "seconds",
             ["model", "version"], "Time a request waited in its version's queue, of requests answered with ok.";
         IN_FLIGHT = Shape::Gauge, "tidegate_inflight", "requests", [],
@@ -123,6 +123,8 @@ table! {
             "Bytes of request bodies that requests in flight hold.";
         QUEUE_DEPTH = Shape::Gauge, "tidegate_queue_depth", "requests", ["model", "version"],
             "Requests waiting in a version's queue.";
+        QUEUE_REJECTED = Shape::Counter, "tidegate_queue_rejected_total", "requests", ["model", "version"],
+            "Requests refused because their version's queue was full.";
         QUEUE_BYTES = Shape::Gauge, "tidegate_queue_bytes", "bytes", ["model", "version"],
             "Bytes of inputs waiting in a version's queue.";
     }

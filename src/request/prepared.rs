@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::{InferRequest, NamedTensor, Permit, Priority};
-use crate::error::{Error, Kind, Result, quoted};
+use crate::error::{Error, Result, quoted};
 use crate::tensor::{Shape, Signature, Tensor, TensorSpec, wire_shape};
 
 /// How a version batches, as far as checking a request needs to know.
@@ -159,10 +159,7 @@ fn resolve_outputs(names: &[String], signature: &Signature, model: &str) -> Resu
             Error::invalid(format!("unexpected inference output '{}' for model '{model}'", quoted(name)))
         })?;
         if positions.contains(&position) {
-            return Err(Error::new(
-                Kind::InvalidInput,
-                format!("output '{name}' is requested more than once for model '{model}'"),
-            ));
+            return Err(Error::invalid(format!("output '{name}' is requested more than once for model '{model}'")));
         }
         positions.push(position);
     }
@@ -180,6 +177,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::error::Kind;
     use crate::request::{Budget, BudgetConfig, ModelRef};
     use crate::tensor::{DataType, Dim};
 

@@ -30,7 +30,7 @@ use tokio::time::timeout_at;
 use crate::backend::{Instance, Model};
 use crate::error::{Error, Kind, Result};
 use crate::monitor::VersionMonitor;
-use crate::monitor::events::{QueueChanged, VersionDemoted};
+use crate::monitor::events::{QueueChanged, QueueRejected, VersionDemoted};
 use crate::request::{Permit, Prepared, Priority, Timings};
 use crate::tensor::Tensor;
 use batcher::{Batcher, Entry, Readiness};
@@ -290,15 +290,16 @@ impl Shared {
         if state.closed {
             return Err(Error::new(Kind::NotReady, format!("`{}` is being unloaded", self.name)));
         }
-        if state.batcher.len() >= self.config.max_queue_requests.max(1) {
-            return Err(Error::new(Kind::Overloaded, "Exceeds maximum queue size"));
-        }
-        if state.batcher.bytes().saturating_add(bytes) > self.config.max_queue_bytes {
-            let max = self.config.max_queue_bytes;
-            let message = format!("Exceeds maximum queue size: {bytes} bytes more would make it over {max} bytes");
-            return Err(Error::new(Kind::Overloaded, message));
-        }
-        Ok(())
+        let max = self.config.max_queue_bytes;
+        let message = if state.batcher.len() >= self.config.max_queue_requests.max(1) {
+            "Exceeds maximum queue size".to_string()
+        } else if state.batcher.bytes().saturating_add(bytes) > max {
+            format!("Exceeds maximum queue size: {bytes} bytes more would make it over {max} bytes")
+        } else {
+            return Ok(());
+        };
+        QueueRejected { version: &self.monitor }.emit();
+        Err(Error::new(Kind::Overloaded, message))
     }
 
     /// Sees to it that enough workers head for what is queued. True: wake one resting worker, after unlocking.

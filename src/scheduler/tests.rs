@@ -334,6 +334,19 @@ async fn a_deadline_behind_a_held_run_is_answered_and_frees_the_place() {
     assert_eq!((bench.script.runs().len(), bench.in_flight()), (1, 0));
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_deadline_is_answered_when_it_is_due_however_long_the_run_before_it_takes() {
+    let bench = Bench::new(Bench::config());
+    let _first = bench.occupy();
+    let asked = tokio::time::Instant::now();
+    let deadline = Some(asked.into_std() + Duration::from_millis(50));
+    let late = bench.send(Prepared { deadline, ..Bench::prepared(&[1.0]) });
+    assert_eq!(late.await.unwrap_err().kind(), Kind::DeadlineExceeded);
+    // The timer counts in whole milliseconds.
+    assert!(asked.elapsed() <= Duration::from_millis(51), "{:?}", asked.elapsed());
+    bench.script.release();
+}
+
 #[tokio::test]
 async fn a_caller_that_leaves_frees_its_place_and_its_permit_at_once() {
     let bench = Bench::new(Bench::config());

@@ -143,7 +143,6 @@ fn kind_of(token: &str) -> &'static str {
         Some(b'"') => "a string",
         Some(b't' | b'f') => "a boolean",
         Some(b'n') => "null",
-        Some(b'[') => "an array",
         Some(b'{') => "an object",
         _ => "a number",
     }
@@ -200,7 +199,7 @@ impl<'a> Cursor<'a> {
         Ok(())
     }
 
-    /// The next element's text. Arrays and objects are no elements: of those, the opening bracket only.
+    /// The next element's text. An array here is one too many; of an object, which is no element, the opening bracket.
     fn token(&mut self) -> Result<&'a str, Stop> {
         let first = self.peek().ok_or(Stop::Structure)?;
         let rest = &self.text[self.at..];

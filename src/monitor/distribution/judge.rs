@@ -38,7 +38,8 @@ pub(super) fn judge(kind: OutputKind, row: impl Iterator<Item = f64> + Clone, ta
         return Judgement::default();
     }
     if !largest.is_finite() {
-        return Judgement { class, sureness: None };
+        let binary = (kind == OutputKind::BinaryProbability).then(|| usize::from(largest > 0.0));
+        return Judgement { class: binary.or(class), sureness: None };
     }
     match kind {
         OutputKind::BinaryProbability => binary(largest),
@@ -123,6 +124,9 @@ mod tests {
         let (output, d) = folded(OutputKind::BinaryProbability, &[tensor(&[4, 1], vec![0.5f64, 0.25, 1.0, f64::NAN])]);
         assert_eq!(output.class_counts(&d), counts(&[("0", 1), ("1", 2)]));
         assert_eq!(d.confidence().unwrap().counts, bucketed(&[0.5, 0.75, 1.0], CONFIDENCE_BUCKETS));
+        let (output, infinite) =
+            folded(OutputKind::BinaryProbability, &[tensor(&[2, 1], vec![f64::INFINITY, -f64::INFINITY])]);
+        assert_eq!(output.class_counts(&infinite), counts(&[("0", 1), ("1", 1)]));
         let quarter = -(0.25 * 0.25f64.ln() + 0.75 * 0.75f64.ln()) / 2f64.ln();
         assert!(close(d.entropy().unwrap().sum(), 1.0 + quarter));
         assert_eq!((d.tally.elements, d.tally.nan), (4, 1));
