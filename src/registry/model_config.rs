@@ -106,8 +106,10 @@ impl VersionPolicy {
             VersionPolicy::All => versions.keys().copied().collect(),
             VersionPolicy::Listed(listed) => versions.keys().copied().filter(|id| listed.contains(id)).collect(),
             VersionPolicy::Latest(n) => {
-                let lowest = versions.iter().rev().filter(|(_, alive)| **alive).map(|(id, _)| *id).take(*n).last();
-                // Failed versions above the lowest served one are kept, so that the index shows why they are not served.
+                let mut alive = versions.iter().rev().filter(|(_, alive)| **alive).map(|(id, _)| *id);
+                // Failed versions above the lowest served one are kept, so that the index shows why they are not served;
+                // where fewer than asked for can be served, every failed one is why.
+                let lowest = alive.nth(n.saturating_sub(1));
                 versions.keys().copied().filter(|id| lowest.is_none_or(|lowest| *id >= lowest)).collect()
             }
         }
@@ -457,6 +459,9 @@ mod tests {
         assert_eq!(VersionPolicy::All.select(&on_disk), ids(&[1, 2, 3]));
         assert_eq!(VersionPolicy::Latest(1).select(&on_disk), ids(&[2, 3]));
         assert_eq!(VersionPolicy::Latest(9).select(&on_disk), ids(&[1, 2, 3]));
+        let lowest_failed = [(id(1), false), (id(2), true)].into();
+        assert_eq!(VersionPolicy::Latest(2).select(&lowest_failed), ids(&[1, 2]));
+        assert_eq!(VersionPolicy::Latest(1).select(&lowest_failed), ids(&[2]));
         assert_eq!(VersionPolicy::Listed(ids(&[1, 7])).select(&on_disk), ids(&[1]));
         assert_eq!(VersionPolicy::Latest(1).select(&[(id(3), false)].into()), ids(&[3]));
     }

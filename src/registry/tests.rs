@@ -98,6 +98,13 @@ impl Setup {
         registry
     }
 
+    /// Loads that failed so far.
+    fn failures(&self) -> u64 {
+        let text = self.monitor.render();
+        let series = "tidegate_model_loads_total{outcome=\"failed\"} ";
+        text.lines().find_map(|line| line.strip_prefix(series)).expect("the series").parse().unwrap()
+    }
+
     /// The folder that this registry keeps its copies in.
     fn run_folder(&self) -> PathBuf {
         let entries = fs::read_dir(self.dir.path().join("cache")).unwrap().map(|entry| entry.unwrap().path());
@@ -288,6 +295,63 @@ fn the_version_policy_changes_what_serves() {
     settle(&registry);
     let broken = index(&registry);
     assert!(broken[0].contains("Ready still serving") && broken[0].contains("`versions`, perhaps"), "{broken:?}");
+    stop(&registry);
+}
+
+/// Runs `act` on a thread of its own; fails the test where it does not end.
+fn ends<T: Send + 'static>(what: &str, act: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(act()));
+    ended.recv_timeout(Duration::from_secs(60)).unwrap_or_else(|error| panic!("{what}: {error}"))
+}
+
+#[test]
+fn a_bad_version_among_the_latest_is_tried_once() {
+    let setup = Setup::new(echo());
+    setup.write("m/1/model.onnx", "broken").copy(SENTINEL, "m/2/model.onnx");
+    setup.write("m/model.toml", "versions = { latest = 2 }");
+    let (config, engines, monitor) = (setup.config(), setup.engines(), Arc::clone(&setup.monitor));
+    let registry = ends("the start", move || {
+        let registry = Registry::start_with(config, engines, 2, Gate::new(2), monitor).unwrap();
+        registry.wait_loaded();
+        registry
+    });
+    let is_index = |second: &str| {
+        let index = index(&registry);
+        index.len() == 2 && index[0].starts_with("m/1 Failed not an ONNX model") && index[1] == second
+    };
+    assert!(is_index("m/2 Ready"), "{:?}", index(&registry));
+    let settle = || {
+        let registry = Arc::clone(&registry);
+        ends("a look", move || settle(&registry));
+    };
+    // With two that serve, the bad one is out of sight, and remembered when one of them goes.
+    setup.copy(LOGITS, "m/3/model.onnx");
+    settle();
+    assert_eq!(index(&registry), ["m/2 Ready", "m/3 Ready"]);
+    fs::remove_dir_all(setup.path("m/3")).unwrap();
+    settle();
+    await_that(&registry, "the end of version 3", || is_index("m/2 Ready"));
+    assert_eq!(setup.failures(), 1);
+    setup.copy(LOGITS, "m/1/model.onnx");
+    settle();
+    assert_eq!(index(&registry), ["m/1 Ready", "m/2 Ready"], "mended, it is tried again");
+    stop(&registry);
+}
+
+#[test]
+fn a_bad_version_that_is_wanted_only_later_is_tried_once() {
+    let setup = Setup::new(echo());
+    setup.write("m/1/model.onnx", "broken").copy(SENTINEL, "m/2/model.onnx").copy(LOGITS, "m/3/model.onnx");
+    setup.write("m/model.toml", "versions = { latest = 2 }");
+    let registry = setup.start();
+    assert_eq!((index(&registry).len(), setup.failures()), (2, 0), "version 1 is not looked at");
+    fs::remove_dir_all(setup.path("m/3")).unwrap();
+    let looking = Arc::clone(&registry);
+    ends("a look", move || settle(&looking));
+    await_that(&registry, "the end of version 3", || index(&registry).len() == 2);
+    assert!(index(&registry)[0].starts_with("m/1 Failed") && index(&registry)[1] == "m/2 Ready");
+    assert_eq!((setup.failures(), setup.cached()), (1, 1));
     stop(&registry);
 }
 

@@ -47,8 +47,10 @@ pub struct Writer {
     pub said: BTreeSet<String>,
 }
 
-/// One version that is served, or should be.
+/// One version that is served, or should be, or was tried.
 pub struct Slot {
+    /// Among the versions to serve. Of others it is only remembered what was tried, and the index does not name them.
+    wanted: bool,
     state: State,
     reason: String,
     /// The files last tried, successfully or not.
@@ -68,7 +70,7 @@ struct Retry {
 
 impl Slot {
     fn new() -> Slot {
-        Slot { state: State::Discovered, reason: String::new(), tried: None, retry: None, serving: None }
+        Slot { wanted: true, state: State::Discovered, reason: String::new(), tried: None, retry: None, serving: None }
     }
 
     fn enter(&mut self, next: State) {
@@ -161,13 +163,20 @@ impl Writer {
         self.publish();
     }
 
-    /// Slots for the versions wanted; those of versions neither wanted nor serving go.
+    /// Slots for the versions wanted; see [`plan::has_slot`] for those that go. Leaves the candidates as they are.
     fn admit(&mut self, model: &Arc<str>) {
-        let wanted = plan::wanted(&self.policy(model), &self.candidates(model));
+        let candidates = self.candidates(model);
+        let wanted = plan::wanted(&self.policy(model), &candidates);
         for id in &wanted {
             self.slots.entry(Key { model: Arc::clone(model), version: *id }).or_insert_with(Slot::new);
         }
-        self.slots.retain(|key, slot| key.model != *model || slot.serving.is_some() || wanted.contains(&key.version));
+        self.slots.retain(|key, slot| {
+            if key.model != *model {
+                return true;
+            }
+            slot.wanted = wanted.contains(&key.version);
+            candidates.get(&key.version).is_some_and(|candidate| plan::has_slot(candidate, slot.wanted))
+        });
     }
 
     fn next(&self, model: &Arc<str>) -> Step {
@@ -203,9 +212,9 @@ impl Writer {
     fn load(&mut self, key: &Key) {
         let Some(found) = self.watch.settled().get(key).cloned() else { return };
         let begun = Instant::now();
-        let failures = self.begin(key, &found.fingerprint);
+        let Some(failures) = self.begin(key, &found.fingerprint) else { return };
         let outcome = self.try_load(key, &found);
-        // The slot was made by `admit` and is only removed by `retire`.
+        // It was there when the load began, and only this thread removes slots, between loads.
         let Some(slot) = self.slots.get_mut(key) else { return };
         match outcome {
             Ok(None) => slot.reason.clear(),
@@ -241,23 +250,20 @@ impl Writer {
         }
     }
 
-    /// How often these files failed in a row for a reason that may pass.
-    fn begin(&mut self, key: &Key, fingerprint: &Fingerprint) -> u32 {
-        let mut failures = 0;
-        if let Some(slot) = self.slots.get_mut(key) {
-            let tried = slot.tried.replace(fingerprint.clone());
-            let retry = slot.retry.take().filter(|_| tried.as_ref() == Some(fingerprint));
-            failures = retry.map_or(0, |retry| retry.failures);
-            if slot.serving.is_none() {
-                if slot.state != State::Discovered {
-                    slot.enter(State::Discovered);
-                }
-                slot.enter(State::Loading);
-                slot.reason.clear();
+    /// How often these files failed in a row for a reason that may pass. `None`: the version has no slot to load into.
+    fn begin(&mut self, key: &Key, fingerprint: &Fingerprint) -> Option<u32> {
+        let slot = self.slots.get_mut(key)?;
+        let tried = slot.tried.replace(fingerprint.clone());
+        let retry = slot.retry.take().filter(|_| tried.as_ref() == Some(fingerprint));
+        if slot.serving.is_none() {
+            if slot.state != State::Discovered {
+                slot.enter(State::Discovered);
             }
+            slot.enter(State::Loading);
+            slot.reason.clear();
         }
         self.publish();
-        failures
+        Some(retry.map_or(0, |retry| retry.failures))
     }
 
     /// The new version, or `None` where the one that serves is the same already.
@@ -350,7 +356,7 @@ fn table(slots: &BTreeMap<Key, Slot>, draining: &[Key]) -> Table {
     for key in draining {
         put(key, Entry { state: State::Draining, reason: String::new(), serving: None });
     }
-    for (key, slot) in slots {
+    for (key, slot) in slots.iter().filter(|(_, slot)| slot.wanted || slot.serving.is_some()) {
         let serving = slot.serving.as_ref().map(|(version, _)| Arc::clone(version));
         put(key, Entry { state: slot.state, reason: slot.reason.clone(), serving });
     }
