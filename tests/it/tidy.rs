@@ -81,7 +81,7 @@ const FORBIDDEN: &[&str] = &["todo!", "unimplemented!", "dbg!", "FIXME", "XXX"];
 struct Source {
     /// Relative to src/, with forward slashes.
     path: String,
-    /// Line numbers and lines outside comments and test modules.
+    /// Line numbers and lines outside comments and test code.
     lines: Vec<(usize, String)>,
 }
 
@@ -129,19 +129,41 @@ fn sources() -> Vec<Source> {
     sources
 }
 
-/// Lines without comments, up to the test module that house style puts last.
+/// Lines without comments and without the items that are compiled for tests only.
 fn code_lines(text: &str) -> Vec<(usize, String)> {
-    let mut lines = Vec::new();
-    for (index, line) in text.lines().enumerate() {
-        if line.starts_with("#[cfg(test)]") {
-            break;
-        }
-        let code = line.split("//").next().unwrap_or_default();
-        if !code.trim().is_empty() {
-            lines.push((index + 1, code.to_string()));
+    let mut found = Vec::new();
+    let mut lines = text.lines().enumerate();
+    while let Some((index, line)) = lines.next() {
+        if line.trim_start().starts_with("#[cfg(test)]") {
+            skip_item(indent(line), lines.by_ref().map(|(_, line)| line));
+        } else if !code(line).is_empty() {
+            found.push((index + 1, code(line).to_string()));
         }
     }
-    lines
+    found
+}
+
+/// Steps over the item behind an attribute, as rustfmt sets it: to the brace at the attribute's own indent that closes
+/// it, or to its end on a line of its own where it opens none.
+fn skip_item<'a>(at: usize, lines: impl Iterator<Item = &'a str>) {
+    let mut opened = false;
+    for line in lines {
+        let (own, code) = (indent(line) == at, code(line));
+        let ends = if opened { own && code.trim_start().starts_with('}') } else { code.ends_with(';') };
+        if ends || (own && !opened && code.ends_with([',', '}'])) {
+            return;
+        }
+        opened |= own && code.ends_with('{');
+    }
+}
+
+fn indent(line: &str) -> usize {
+    line.len() - line.trim_start().len()
+}
+
+/// A line up to its comment.
+fn code(line: &str) -> &str {
+    line.split("//").next().unwrap_or_default().trim_end()
 }
 
 /// Every path in the code (`a::b`) with the number of its line; `use` trees, over however many lines, by their leaves.
@@ -322,5 +344,21 @@ fn the_scan_itself_sees_what_it_should() {
 
     assert!(["ort::session", "::ort::session", "ort"].iter().all(|path| names_crate(path, "ort")));
     assert!(["support::x", "crate::ort::x", "orte"].iter().all(|path| !names_crate(path, "ort")));
-    assert_eq!(code_lines("a // b\n// c\n#[cfg(test)]\nmod tests {").len(), 1);
+    assert_eq!(code_lines("a // b\n// c\n#[cfg(test)]\nmod tests {\n    b\n}\n").len(), 1);
+    for item in [
+        "mod tests;",
+        "use a::{\n    b,\n};",
+        "pub fn f(\n    a: B,\n) -> C {\n    if a {\n        b;\n    }\n}",
+        "#[allow(x, reason = \"a\")]\nmod tests {\n    fn f() {\n    }\n}",
+        "const A: &str =\n    \"a\";",
+        "field: A,",
+        "fn f() {}",
+    ] {
+        let text = format!("#[cfg(test)]\n{item}\nort::seen;");
+        let nested = format!("impl A {{\n    #[cfg(test)]\n    {}\n    ort::seen;\n}}", item.replace('\n', "\n    "));
+        assert_eq!(found(&text), ["ort::seen"], "{text}");
+        assert_eq!(found(&nested), ["ort::seen"], "{nested}");
+    }
+    let scheduler = sources().into_iter().find(|source| source.path == "scheduler/mod.rs").expect("the scheduler");
+    assert!(scheduler.lines.iter().any(|(_, line)| line.contains("impl Scheduler")), "it is read past its first lines");
 }
