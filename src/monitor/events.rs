@@ -23,9 +23,12 @@ impl RequestFinished<'_> {
     pub fn emit(self, monitor: &Monitor) {
         let RequestFinished { version, prediction, protocol, outcome, duration } = self;
         match (version, outcome) {
-            (None, Ok(_)) => debug_assert!(false, "a request without a version cannot be answered"),
-            // No label of it comes from the client.
-            (None, Err(kind)) => monitor.refused[protocol as usize][kind as usize].increment(1),
+            (None, outcome) => {
+                // Nobody but a version answers: what was answered without one is counted as the defect that it is.
+                let kind = outcome.err().unwrap_or(Kind::Internal);
+                // No label of it comes from the client.
+                monitor.refused[protocol as usize][kind as usize].increment(1);
+            }
             (Some(version), Ok(timings)) => {
                 version.handles.requests(protocol, None).increment(1);
                 version.handles.request_duration(protocol).record(duration.as_secs_f64());

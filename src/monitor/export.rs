@@ -64,7 +64,8 @@ impl Exporter {
 }
 
 fn key(metric: &'static Metric, values: &[&str]) -> Key {
-    debug_assert_eq!(metric.labels.len(), values.len(), "{}", metric.name);
+    // Both are written in this module's sources: a slip fails the first test that makes the series.
+    assert_eq!(metric.labels.len(), values.len(), "{}", metric.name);
     let labels: Vec<Label> =
         metric.labels.iter().zip(values).map(|(name, value)| Label::new(*name, (*value).to_owned())).collect();
     Key::from_parts(metric.name, labels)
@@ -101,7 +102,8 @@ impl<'a> Family<'a> {
 
     fn line(&mut self, suffix: &str, values: &[&str], le: Option<&dyn Display>, value: impl Display) {
         let Metric { name, shape, labels, help, .. } = self.metric;
-        debug_assert_eq!(labels.len(), values.len(), "{name}");
+        // As above: a sample with other labels than its family's would spoil the whole scrape.
+        assert_eq!(labels.len(), values.len(), "{name}");
         if !self.begun {
             self.begun = true;
             let _ = write!(self.out, "# HELP {name} {help}\n# TYPE {name} {}\n", shape.name());
@@ -165,6 +167,13 @@ mod tests {
         assert_eq!(out.matches("# TYPE tidegate_queue_depth gauge\n").count(), 1);
         assert!(out.contains("tidegate_queue_depth{model=\"a\\\"b\\\\n\\n\",version=\"1\"} 3\n"), "{out}");
         assert!(out.ends_with("{model=\"b\",version=\"1\"} +Inf\n"));
+    }
+
+    #[test]
+    fn a_sample_with_other_labels_than_its_family_is_refused() {
+        let sampled = || Family::new(&mut String::new(), &names::QUEUE_DEPTH).sample(&["m"], 3);
+        assert!(std::panic::catch_unwind(sampled).is_err());
+        assert!(std::panic::catch_unwind(|| key(&names::QUEUE_DEPTH, &["m", "1", "x"])).is_err());
     }
 
     #[test]

@@ -395,14 +395,17 @@ mod tests {
             }
             .emit(&monitor);
         }
-        RequestFinished {
-            version: None,
-            prediction: PredictionId(2),
-            protocol: Protocol::Http,
-            outcome: Err(Kind::NotFound),
-            duration: Duration::ZERO,
+        // The second is what must not be: an answer that no version gave.
+        for outcome in [Err(Kind::NotFound), Ok(&timings)] {
+            RequestFinished {
+                version: None,
+                prediction: PredictionId(2),
+                protocol: Protocol::Http,
+                outcome,
+                duration: Duration::ZERO,
+            }
+            .emit(&monitor);
         }
-        .emit(&monitor);
         VersionFailed { model: "other", version: id(1), reason: "corrupt", duration: Duration::ZERO }.emit(&monitor);
 
         let samples = parse(&monitor.render());
@@ -412,6 +415,7 @@ mod tests {
             (format!("tidegate_requests_total{{{v},protocol=\"grpc\",outcome=\"deadline_exceeded\"}}"), 1.0),
             (format!("tidegate_requests_total{{{v},protocol=\"http\",outcome=\"ok\"}}"), 0.0),
             ("tidegate_requests_refused_total{kind=\"not_found\",protocol=\"http\"}".into(), 1.0),
+            ("tidegate_requests_refused_total{kind=\"internal\",protocol=\"http\"}".into(), 1.0),
             (format!("tidegate_request_duration_seconds_count{{{v},protocol=\"grpc\"}}"), 1.0),
             (format!("tidegate_queue_duration_seconds_sum{{{v}}}"), 0.002),
             (format!("tidegate_infer_duration_seconds_bucket{{{v},le=\"0.00025\"}}"), 0.0),

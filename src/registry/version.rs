@@ -11,7 +11,8 @@ use crate::request::{Batching, VersionId};
 use crate::scheduler::{Scheduler, ThreadPlan};
 use crate::tensor::{OutputKind, Signature};
 
-/// Where a version is in its life: Discovered → Loading → Warming → Ready → Draining → Retired, or Failed.
+/// Where a version is in its life: Discovered → Loading → Warming → Ready → Draining, or Failed. A failed version begins
+/// anew when its files change; one that is retired is not known any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// Found on disk, waiting for its turn.
@@ -22,35 +23,10 @@ pub enum State {
     Ready,
     /// Takes no new requests, still answers those it has.
     Draining,
-    Retired,
     Failed,
 }
 
 impl State {
-    pub const ALL: [State; 7] = [
-        State::Discovered,
-        State::Loading,
-        State::Warming,
-        State::Ready,
-        State::Draining,
-        State::Retired,
-        State::Failed,
-    ];
-
-    /// Whether `next` may follow. A failed version and a retired one begin anew when their files change.
-    pub fn may_become(self, next: State) -> bool {
-        use State::{Discovered, Draining, Failed, Loading, Ready, Retired, Warming};
-        matches!(
-            (self, next),
-            (Discovered, Loading)
-                | (Loading, Warming | Failed)
-                | (Warming, Ready | Failed)
-                | (Ready, Draining)
-                | (Draining, Retired)
-                | (Failed | Retired, Discovered)
-        )
-    }
-
     /// Whether it may still become ready by itself.
     pub fn is_loading(self) -> bool {
         matches!(self, State::Discovered | State::Loading | State::Warming)
@@ -176,21 +152,5 @@ impl Facts {
             ("batching_reason", self.batching.reason.clone()),
             ("threads", self.threads.to_string()),
         ]
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn states_follow_their_order_only() {
-        let path = [State::Discovered, State::Loading, State::Warming, State::Ready, State::Draining, State::Retired];
-        assert!(path.windows(2).all(|pair| pair[0].may_become(pair[1])));
-        let allowed: usize =
-            State::ALL.iter().map(|from| State::ALL.iter().filter(|to| from.may_become(**to)).count()).sum();
-        assert_eq!(allowed, 9);
-        assert!(!State::Ready.may_become(State::Failed), "a failed replacement leaves the old version ready");
-        assert!(!State::Draining.may_become(State::Ready));
     }
 }

@@ -72,11 +72,6 @@ impl Slot {
     fn new() -> Slot {
         Slot { wanted: true, state: State::Discovered, reason: String::new(), tried: None, retry: None, serving: None }
     }
-
-    fn enter(&mut self, next: State) {
-        debug_assert!(self.state.may_become(next), "{:?} → {next:?}", self.state);
-        self.state = next;
-    }
 }
 
 impl Writer {
@@ -221,7 +216,7 @@ impl Writer {
             Ok(Some((version, settings))) => {
                 let version = Arc::new(version);
                 if slot.serving.is_none() {
-                    slot.enter(State::Ready);
+                    slot.state = State::Ready;
                 }
                 slot.reason.clear();
                 let replaced = slot.serving.replace((Arc::clone(&version), settings));
@@ -240,7 +235,7 @@ impl Writer {
                 slot.reason = match &slot.serving {
                     Some(_) => format!("still serving the files before the last change, which failed: {reason}"),
                     None => {
-                        slot.enter(State::Failed);
+                        slot.state = State::Failed;
                         reason.clone()
                     }
                 };
@@ -256,10 +251,7 @@ impl Writer {
         let tried = slot.tried.replace(fingerprint.clone());
         let retry = slot.retry.take().filter(|_| tried.as_ref() == Some(fingerprint));
         if slot.serving.is_none() {
-            if slot.state != State::Discovered {
-                slot.enter(State::Discovered);
-            }
-            slot.enter(State::Loading);
+            slot.state = State::Loading;
             slot.reason.clear();
         }
         self.publish();
@@ -281,7 +273,7 @@ impl Writer {
         let (slots, shared, draining) = (&mut self.slots, &self.shared, &self.draining);
         let loaded = self.loader.load(found, staged, CompareGoldens::IfConfigured, || {
             if let Some(slot) = slots.get_mut(key).filter(|slot| slot.serving.is_none()) {
-                slot.enter(State::Warming);
+                slot.state = State::Warming;
                 shared.publish(table(slots, draining));
             }
         })?;
