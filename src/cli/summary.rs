@@ -35,8 +35,7 @@ fn models(engine: &Engine) -> Vec<[String; 4]> {
     for IndexEntry { name, version, reason, .. } in
         engine.index().into_iter().filter(|entry| entry.state == "UNAVAILABLE")
     {
-        let version = version.map(|version| version.to_string()).unwrap_or_default();
-        rows.push([name.to_string(), version, format!("not serving: {reason}"), String::new()]);
+        rows.push([name.to_string(), version.to_string(), format!("not serving: {reason}"), String::new()]);
     }
     rows
 }

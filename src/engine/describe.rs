@@ -21,11 +21,11 @@ pub struct ModelInfo {
     pub properties: Vec<(&'static str, String)>,
 }
 
-/// One line of the repository index. A model none of whose versions was ever seen has no version.
+/// One line of the repository index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IndexEntry {
     pub name: Arc<str>,
-    pub version: Option<VersionId>,
+    pub version: VersionId,
     /// Triton's words: `READY`, `LOADING`, `UNAVAILABLE`, `UNLOADING`.
     pub state: &'static str,
     pub reason: String,
@@ -75,12 +75,12 @@ impl Engine {
             .into_iter()
             .map(|entry| IndexEntry {
                 name: entry.model,
-                version: Some(entry.version),
+                version: entry.version,
                 state: match entry.state {
                     State::Ready => "READY",
                     State::Discovered | State::Loading | State::Warming => "LOADING",
                     State::Draining => "UNLOADING",
-                    State::Retired | State::Failed => "UNAVAILABLE",
+                    State::Failed => "UNAVAILABLE",
                 },
                 reason: entry.reason,
             })

@@ -135,7 +135,7 @@ impl GrpcInferenceService for InferenceService {
         }
         let models = common::index(&self.engine, ready).map(|entry| ModelIndex {
             name: entry.name.to_string(),
-            version: entry.version.map(|version| version.to_string()).unwrap_or_default(),
+            version: entry.version.to_string(),
             state: entry.state.to_string(),
             reason: entry.reason,
         });

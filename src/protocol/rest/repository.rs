@@ -28,8 +28,7 @@ pub(super) async fn index(State(app): State<App>, body: Body) -> Result<Response
     #[derive(Serialize)]
     struct Row<'a> {
         name: &'a str,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        version: Option<String>,
+        version: String,
         state: &'a str,
         reason: &'a str,
     }
@@ -45,7 +44,7 @@ pub(super) async fn index(State(app): State<App>, body: Body) -> Result<Response
         .iter()
         .map(|entry| Row {
             name: &entry.name,
-            version: entry.version.map(|version| version.to_string()),
+            version: entry.version.to_string(),
             state: entry.state,
             reason: &entry.reason,
         })
