@@ -208,6 +208,9 @@ impl Loader {
             selftest::decide(config.batching.enabled, couples, &signature, || selftest::run(&mut probe, &signature))
                 .map_err(Failure::Config)?;
         let max_batch_size = config.batching.max_batch_size;
+        if let Some(why) = max_batch_size.and_then(|_| selftest::uncounted_rows(&signature)) {
+            return Err(Failure::Config(format!("model.toml declares `batching.max_batch_size`, but {why}")));
+        }
         let preferred_rows = config.batching.preferred_rows.unwrap_or(DEFAULT_PREFERRED_ROWS);
         let preferred_rows = max_batch_size.map_or(preferred_rows, |max| preferred_rows.min(max));
         warnings.extend(warm_up(&mut probe, &signature, &batching, preferred_rows));

@@ -35,7 +35,7 @@ versions = "all"            # or { latest = 2 }, the highest that load; or a lis
 [batching]                  # or in short: batching = true, false or "auto"
 enabled = "auto"            # auto: batched if the file and the self-test at load allow it
 preferred_rows = 32         # what batches are filled up to
-max_batch_size = 256        # the most rows one request may carry; by default any number
+max_batch_size = 256        # the most rows one request may carry, batched or not; by default any number
 max_delay = "0"             # how long a request may wait for others to share its batch
 
 [limits]

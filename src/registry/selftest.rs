@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::invent::{self, Random, Recipe};
 use super::probe::Probe;
-use crate::tensor::{DataType, Dim, Signature, Tensor};
+use crate::tensor::{DataType, Dim, Signature, Tensor, TensorSpec};
 
 /// What one version's self-test may take.
 pub const BUDGET: Duration = Duration::from_secs(2);
@@ -73,11 +73,21 @@ pub fn decide(
     }
 }
 
-/// Why rows cannot even be counted, whatever the configuration says.
+/// Why rows cannot even be told apart, whatever the configuration says.
 fn fixed_rows(signature: &Signature) -> Option<String> {
-    let sides = [("input", &signature.inputs), ("output", &signature.outputs)];
-    let mut specs = sides.iter().flat_map(|(side, specs)| specs.iter().map(move |spec| (side, spec)));
-    specs.find_map(|(side, spec)| match spec.dims.as_ref()?.first() {
+    fixed_leading("input", &signature.inputs).or_else(|| fixed_leading("output", &signature.outputs))
+}
+
+/// Why it cannot be said how many rows a request has.
+pub fn uncounted_rows(signature: &Signature) -> Option<String> {
+    if signature.inputs.is_empty() {
+        return Some("the model has no inputs".into());
+    }
+    fixed_leading("input", &signature.inputs)
+}
+
+fn fixed_leading(side: &str, specs: &[TensorSpec]) -> Option<String> {
+    specs.iter().find_map(|spec| match spec.dims.as_ref()?.first() {
         None => Some(format!("{side} `{}` is a scalar, without a leading dimension", spec.name)),
         Some(Dim::Fixed(rows)) => Some(format!("{side} `{}` has a fixed leading dimension of {rows}", spec.name)),
         Some(Dim::Free(_)) => None,

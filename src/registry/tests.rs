@@ -217,6 +217,24 @@ fn what_the_file_says_of_its_rows_is_the_reason() {
 }
 
 #[test]
+fn a_declared_maximum_of_rows_holds_unbatched_and_fails_the_load_where_rows_cannot_be_counted() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx").write("m/model.toml", "batching = { enabled = false, max_batch_size = 2 }");
+    for trap in ["scalar", "fixed_batch"] {
+        setup.copy(&format!("tests/traps/{trap}/1/model.onnx"), &format!("{trap}/model.onnx"));
+        setup.write(&format!("{trap}/model.toml"), "batching = { max_batch_size = 2 }");
+    }
+    let registry = setup.start();
+    let batching = choose(&registry, "m", None).unwrap().batching();
+    assert_eq!((batching.enabled, batching.max_batch_size), (false, Some(2)));
+    let failed = |why: &str| format!("Failed model.toml declares `batching.max_batch_size`, but input {why}");
+    let index = index(&registry);
+    assert_eq!(index[0], format!("fixed_batch/1 {}", failed("`image` has a fixed leading dimension of 1")));
+    assert_eq!(index[2], format!("scalar/1 {}", failed("`scale` is a scalar, without a leading dimension")));
+    stop(&registry);
+}
+
+#[test]
 fn a_version_that_is_added_serves_and_one_that_is_removed_drains() {
     let setup = Setup::new(echo());
     setup.copy(SENTINEL, "m/1/model.onnx");

@@ -97,10 +97,7 @@ impl Version {
     }
 
     pub fn batching(&self) -> Batching {
-        Batching {
-            enabled: self.facts.batching.enabled,
-            max_batch_size: self.facts.max_batch_size.filter(|_| self.facts.batching.enabled),
-        }
+        Batching { enabled: self.facts.batching.enabled, max_batch_size: self.facts.max_batch_size }
     }
 
     pub fn scheduler(&self) -> &Scheduler {

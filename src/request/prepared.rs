@@ -11,7 +11,8 @@ use crate::tensor::{Shape, Signature, Tensor, TensorSpec, wire_shape};
 pub struct Batching {
     /// All inputs and outputs share their leading dimension: it counts rows.
     pub enabled: bool,
-    /// The most rows one request may carry, where the model declares it.
+    /// The most rows one request may carry, where that is declared; then every input has a leading dimension that is
+    /// free, whether or not the version batches.
     pub max_batch_size: Option<usize>,
 }
 
@@ -42,7 +43,8 @@ impl Prepared {
         let model = model.name;
         let inputs = resolve_inputs(inputs, signature, &model)?;
         let rows = if batching.enabled { common_rows(&inputs, signature, &model)? } else { 1 };
-        if let Some(max) = batching.max_batch_size.filter(|max| rows > *max) {
+        let most = || inputs.iter().filter_map(Tensor::rows).max().unwrap_or(rows);
+        if let Some(max) = batching.max_batch_size.filter(|max| most() > *max) {
             return Err(Error::invalid(format!("inference request batch-size must be <= {max} for '{model}'")));
         }
         Ok(Prepared {
@@ -269,6 +271,18 @@ mod tests {
         assert_eq!(check_with(sent(), &[], &two, UNBATCHED).unwrap().rows, 1);
         let empty = vec![("a", tensor(&[0, 4])), ("b", tensor(&[0, 2]))];
         assert!(check_with(empty, &[], &two, BATCHED).is_err());
+    }
+
+    #[test]
+    fn a_declared_maximum_holds_where_nothing_is_batched_too() {
+        let two = signature(&[("a", &[-1, 4]), ("b", &[-1, 2])]);
+        let limited = Batching { enabled: false, max_batch_size: Some(4) };
+        let of =
+            |a: usize, b: usize| check_with(vec![("a", tensor(&[a, 4])), ("b", tensor(&[b, 2]))], &[], &two, limited);
+        assert_eq!(of(4, 1).unwrap().rows, 1);
+        for (a, b) in [(5, 5), (1, 5)] {
+            assert_eq!(of(a, b).unwrap_err().message(), "inference request batch-size must be <= 4 for 'm'");
+        }
     }
 
     #[test]
