@@ -7,7 +7,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{logging, summary, surroundings};
 use crate::config::{self, Given, LogFormat};
-use crate::server::{self, Hooks, WhenReady};
+use crate::server::{self, Addresses, Hooks, WhenReady};
 
 /// Exit code after a second signal: stopped without draining.
 const EXIT_INTERRUPTED: i32 = 130;
@@ -73,7 +73,12 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     let resolved = config::resolve(arguments.given(), file, &surroundings)?;
     logging::start(resolved.log_format, resolved.log_level);
 
-    let hooks = Hooks { ready: announce(resolved.log_format), stop: told_to_stop(), phase: Box::new(|_| {}) };
+    let hooks = Hooks {
+        listening: Box::new(listening),
+        ready: announce(resolved.log_format),
+        stop: told_to_stop(),
+        phase: Box::new(|_| {}),
+    };
     let drained = server::run(resolved.server, hooks)?;
     // A peer that was cut had its time; a job that was abandoned had been accepted.
     Ok(if drained.jobs > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
@@ -100,6 +105,11 @@ async fn told_to_stop() {
         tracing::warn!("stopped by a second signal, without draining");
         std::process::exit(EXIT_INTERRUPTED);
     });
+}
+
+/// Before the server is ready: with strict readiness that may take until somebody mends a version.
+fn listening(Addresses { http, grpc, metrics, admin }: &Addresses) {
+    tracing::info!(%http, %grpc, %metrics, %admin, "listening");
 }
 
 /// A summary for a person, or the one line that tools wait for.

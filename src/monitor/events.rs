@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Info, Monitor, VersionMonitor, names};
 use crate::error::Kind;
-use crate::request::{PredictionId, Protocol, Timings, VersionId};
+use crate::request::{Phase, PredictionId, Protocol, Timings, VersionId};
 
 /// The end of every inference call.
 pub struct RequestFinished<'a> {
@@ -231,6 +231,49 @@ impl EngineChosen<'_> {
         } else {
             tracing::info!(backend, version, reason, "engine chosen");
         }
+    }
+}
+
+/// The process enters a phase of its life; [`Stopped`] tells of the last one.
+pub struct PhaseEntered {
+    pub phase: Phase,
+    /// There once the server has been told to stop.
+    pub remaining: Option<Remaining>,
+}
+
+/// What a server that is stopping has yet to finish.
+#[derive(Clone, Copy)]
+pub struct Remaining {
+    pub connections: usize,
+    /// Admitted and not yet answered.
+    pub requests: usize,
+    /// What the phase may still take.
+    pub time: Duration,
+}
+
+impl PhaseEntered {
+    pub fn emit(self) {
+        let phase = self.phase.label();
+        match self.remaining {
+            None => tracing::info!(phase, "phase"),
+            Some(Remaining { connections, requests, time }) => {
+                tracing::info!(phase, connections, requests, seconds_left = time.as_secs_f64(), "phase");
+            }
+        }
+    }
+}
+
+/// A phase of the stop is not over yet: told every few seconds.
+pub struct StillStopping {
+    pub phase: Phase,
+    pub remaining: Remaining,
+}
+
+impl StillStopping {
+    pub fn emit(self) {
+        let Remaining { connections, requests, time } = self.remaining;
+        let phase = self.phase.label();
+        tracing::info!(phase, connections, requests, seconds_left = time.as_secs_f64(), "still stopping");
     }
 }
 

@@ -174,7 +174,8 @@ mod tests {
         let latest = (1..=4).map(VersionPolicy::Latest);
         for policy in latest.chain([VersionPolicy::All]).chain(listed) {
             for bad in subsets() {
-                for (first, second) in subsets().flat_map(|first| subsets().map(move |second| (first.clone(), second))) {
+                for (first, second) in subsets().flat_map(|first| subsets().map(move |second| (first.clone(), second)))
+                {
                     let mut model = Model { bad: bad.clone(), ..Model::default() };
                     for on_disk in [&first, &second, &first] {
                         model.on_disk.clone_from(on_disk);

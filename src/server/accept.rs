@@ -91,14 +91,29 @@ impl Connections {
         });
     }
 
+    /// Connections that have not ended.
+    pub(super) fn open(&self) -> usize {
+        let mut tasks = lock(&self.tasks);
+        while tasks.try_join_next().is_some() {}
+        tasks.len()
+    }
+
     /// Waits for the accept loops and then the connections to end; cuts what is left at the deadline. Returns how many.
-    pub(super) async fn finish(self, deadline: Instant) -> usize {
+    /// Tells `still` every few seconds how many are open.
+    pub(super) async fn finish(self, deadline: Instant, still: impl Fn(usize)) -> usize {
         let mut accepting = std::mem::take(&mut *lock(&self.accepting));
         while accepting.join_next().await.is_some() {}
         let mut tasks = std::mem::take(&mut *lock(&self.tasks));
-        let all_ended = async { while tasks.join_next().await.is_some() {} };
-        if tokio::time::timeout_at(deadline.into(), all_ended).await.is_ok() {
-            return 0;
+        let mut look = super::every_few_seconds();
+        let cut = tokio::time::sleep_until(deadline.into());
+        tokio::pin!(cut);
+        loop {
+            tokio::select! {
+                biased;
+                ended = tasks.join_next() => if ended.is_none() { return 0 },
+                () = &mut cut => break,
+                _ = look.tick() => still(tasks.len()),
+            }
         }
         let left = tasks.len();
         tasks.shutdown().await;
@@ -252,7 +267,7 @@ mod tests {
         let connections = Connections::new();
         let router = Router::new().route("/", get(|| async { "served" }));
         connections.accept(listener, Wire::Http, router, &LIMITS, draining);
-        assert_eq!(connections.finish(Instant::now() + PATIENCE).await, 0);
+        assert_eq!(connections.finish(Instant::now() + PATIENCE, |_| {}).await, 0);
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
         assert!(answer.ends_with("served"), "{answer}");

@@ -20,12 +20,14 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::time::Interval;
 
 pub use accept::ConnectionLimits;
 use accept::Wire;
 
 use crate::engine::Engine;
-use crate::monitor::{Monitor, events};
+use crate::monitor::Monitor;
+use crate::monitor::events::{self, Remaining};
 use crate::pool::Pool;
 use crate::protocol::{grpc, rest};
 use crate::registry::{self, Registry, RegistryError};
@@ -64,7 +66,7 @@ pub enum ServerError {
     Start(std::io::Error),
 }
 
-/// Where the server came to listen, once it is ready.
+/// Where the server came to listen.
 #[derive(Clone, Copy, Debug)]
 pub struct Addresses {
     pub http: SocketAddr,
@@ -73,14 +75,18 @@ pub struct Addresses {
     pub admin: SocketAddr,
 }
 
-/// Called once, with where the server listens.
+/// Called once, with where the server listens: as soon as it does, ready or not.
+pub type WhenListening = Box<dyn FnOnce(&Addresses) + Send>;
+
+/// Called once, with where the server listens and what it serves.
 pub type WhenReady = Box<dyn FnOnce(&Addresses, &Engine) + Send>;
 
 /// Called with every phase, in order and none left out, once it shows to those who look but before it takes effect.
 pub type OnPhase = Box<dyn FnMut(Phase) + Send>;
 
-/// What happens at the edges of a run: told of phases and of readiness, asked when to stop.
+/// What happens at the edges of a run: told of phases, of ports and of readiness, asked when to stop.
 pub struct Hooks<Stop> {
+    pub listening: WhenListening,
     pub ready: WhenReady,
     /// Completes when the process should stop.
     pub stop: Stop,
@@ -96,13 +102,21 @@ struct Phases {
 impl Phases {
     fn start(hook: OnPhase) -> Phases {
         let mut phases = Phases { current: watch::Sender::new(Phase::Starting), hook };
-        phases.enter(Phase::Starting);
+        phases.enter(Phase::Starting, None);
         phases
     }
 
-    fn enter(&mut self, phase: Phase) {
+    /// `remaining`: what there is to finish, where the phase is one of the stop.
+    fn enter(&mut self, phase: Phase, remaining: Option<Remaining>) {
         self.current.send_replace(phase);
+        if phase != Phase::Stopped {
+            events::PhaseEntered { phase, remaining }.emit();
+        }
         (self.hook)(phase);
+    }
+
+    fn current(&self) -> Phase {
+        *self.current.borrow()
     }
 
     fn subscribe(&self) -> watch::Receiver<Phase> {
@@ -139,18 +153,18 @@ async fn serve<Stop>(config: Config, hooks: Hooks<Stop>) -> Result<Drained, Serv
 where
     Stop: Future<Output = ()> + Send + 'static,
 {
-    let Hooks { ready, stop, phase } = hooks;
+    let Hooks { listening, ready, stop, phase } = hooks;
     let mut phase = Phases::start(phase);
     let stopping = watch_stop(stop);
     let monitor = Monitor::new();
     let probe = observe::Probe { monitor: Arc::clone(&monitor), phase: phase.subscribe() };
     let observation = observe::spawn(config.metrics, probe)?;
 
-    phase.enter(Phase::Loading);
+    phase.enter(Phase::Loading, None);
     let gate = Gate::new(config.cores);
     let registry = Registry::start(config.registry.clone(), config.cores, gate, Arc::clone(&monitor))?;
-    let mut life = Life { config, registry, monitor, observation, phase, stopping };
-    let served = life.serve(ready).await;
+    let mut life = Life { config, registry, monitor, observation, phase, stopping, engine: None };
+    let served = life.serve(listening, ready).await;
     // Private copies and threads go whether or not there was anything to serve.
     let drained = life.close(served.as_ref().map_or_else(|_| Instant::now(), |cut| cut.deadline)).await;
     served.map(|cut| life.stopped(cut.connections, drained))
@@ -164,6 +178,8 @@ struct Life {
     observation: observe::Observation,
     phase: Phases,
     stopping: watch::Receiver<bool>,
+    /// Once what was found at start has been loaded.
+    engine: Option<Arc<Engine>>,
 }
 
 /// What became of the connections, and until when what was accepted may take.
@@ -180,7 +196,7 @@ struct DataPlane {
 
 impl Life {
     /// Loads, serves until told to stop, drains.
-    async fn serve(&mut self, ready: WhenReady) -> Result<Cut, ServerError> {
+    async fn serve(&mut self, listening: WhenListening, ready: WhenReady) -> Result<Cut, ServerError> {
         let loading = {
             let registry = Arc::clone(&self.registry);
             tokio::task::spawn_blocking(move || registry.wait_loaded())
@@ -190,18 +206,32 @@ impl Life {
             () = told(&mut self.stopping) => return Ok(Cut { connections: 0, deadline: self.deadline() }),
         }
         let engine = self.engine()?;
+        self.engine = Some(Arc::clone(&engine));
         let (plane, addresses) = self.bind(&engine).await?;
+        listening(&addresses);
         if self.became_ready().await {
-            self.phase.enter(Phase::Ready);
+            self.phase.enter(Phase::Ready, None);
             ready(&addresses, &engine);
             told(&mut self.stopping).await;
         }
-        self.phase.enter(Phase::LameDuck);
-        tokio::time::sleep(self.config.lame_duck).await;
-        self.phase.enter(Phase::Draining);
+        let lame_duck_ends = Instant::now() + self.config.lame_duck;
+        self.phase.enter(Phase::LameDuck, Some(self.remaining(plane.connections.open(), lame_duck_ends)));
+        tokio::time::sleep_until(lame_duck_ends.into()).await;
         let deadline = self.deadline();
+        self.phase.enter(Phase::Draining, Some(self.remaining(plane.connections.open(), deadline)));
         plane.drain.send_replace(true);
-        Ok(Cut { connections: plane.connections.finish(deadline).await, deadline })
+        let connections = plane.connections.finish(deadline, |open| self.still_stopping(open, deadline)).await;
+        Ok(Cut { connections, deadline })
+    }
+
+    fn remaining(&self, connections: usize, deadline: Instant) -> Remaining {
+        let requests = self.engine.as_ref().map_or(0, |engine| engine.in_flight().0);
+        Remaining { connections, requests, time: deadline.saturating_duration_since(Instant::now()) }
+    }
+
+    fn still_stopping(&self, connections: usize, deadline: Instant) {
+        let remaining = self.remaining(connections, deadline);
+        events::StillStopping { phase: self.phase.current(), remaining }.emit();
     }
 
     fn deadline(&self) -> Instant {
@@ -261,21 +291,38 @@ impl Life {
 
     /// Closes the registry; the number of jobs left at the deadline.
     async fn close(&mut self, deadline: Instant) -> usize {
-        self.phase.enter(Phase::Stopping);
+        self.phase.enter(Phase::Stopping, Some(self.remaining(0, deadline)));
         let registry = Arc::clone(&self.registry);
-        // Joining blocks; if the blocking task itself dies, nothing is known to be left.
-        tokio::task::spawn_blocking(move || registry.shutdown(deadline)).await.unwrap_or(0)
+        // Joining blocks.
+        let mut closing = tokio::task::spawn_blocking(move || registry.shutdown(deadline));
+        let mut look = every_few_seconds();
+        loop {
+            tokio::select! {
+                biased;
+                // If the blocking task itself dies, nothing is known to be left.
+                left = &mut closing => return left.unwrap_or(0),
+                _ = look.tick() => self.still_stopping(0, deadline),
+            }
+        }
     }
 
     fn stopped(&mut self, connections: usize, jobs: usize) -> Drained {
         events::Stopped { connections_cut: connections, jobs_abandoned: jobs }.emit();
-        self.phase.enter(Phase::Stopped);
+        self.phase.enter(Phase::Stopped, None);
         Drained { connections, jobs }
     }
 }
 
 /// How often a server that is not ready looks whether its failed versions have been mended.
 const STRICT_READINESS_POLL: Duration = Duration::from_millis(100);
+
+/// How often a server that is stopping says what is left.
+const STOPPING_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Ticks for the first time after one interval.
+fn every_few_seconds() -> Interval {
+    tokio::time::interval_at(tokio::time::Instant::now() + STOPPING_INTERVAL, STOPPING_INTERVAL)
+}
 
 /// Runs `stop` on the runtime and makes its completion something that several places can wait for.
 fn watch_stop(stop: impl Future<Output = ()> + Send + 'static) -> watch::Receiver<bool> {

@@ -268,6 +268,43 @@ fn sigterm_waits_for_what_is_being_computed() {
 }
 
 #[test]
+fn a_stop_says_what_remains_and_for_how_long() {
+    let models = Models::new().with("tumor");
+    let settings = [("TIDEGATE_LAME_DUCK", "0"), ("TIDEGATE_DRAIN_TIMEOUT", "10m"), ("TIDEGATE_TIMEOUTS_BODY", "10m")];
+    let mut process = Process::start(models.path(), &settings);
+    // All but the last byte, and enough of them not to be taken for a slow sender's.
+    let request = post("tumor", "", &[tumor(), vec![b' '; 256 << 10]].concat());
+    let (most, last) = request.split_at(request.len() - 1);
+    let mut stream = send(process.http, most).unwrap();
+    let started = Instant::now();
+    while process.scrape().sum("tidegate_inflight", &[]) < 1.0 {
+        assert!(started.elapsed() < PATIENCE, "the request never arrives");
+    }
+    process.signal("TERM");
+    let remaining = |message: &str| {
+        let line = process.logged(message);
+        let seconds = line["seconds_left"].as_f64().unwrap();
+        (
+            line["phase"].as_str().unwrap().to_string(),
+            [&line["connections"], &line["requests"]].map(Value::as_u64),
+            seconds,
+        )
+    };
+    for (message, phase, most) in
+        [("phase", "lame_duck", 0.0), ("phase", "draining", 600.0), ("still", "draining", 600.0)]
+    {
+        let (found, counts, seconds) = remaining(message);
+        assert_eq!((found.as_str(), counts), (phase, [Some(1); 2]), "{message}");
+        assert!((0.0..=most).contains(&seconds), "{message} {phase}: {seconds} s");
+    }
+    stream.write_all(last).unwrap();
+    assert_eq!(Reply::read(&mut BufReader::new(stream)).unwrap().expect("an answer").status, 200);
+    let stopping = std::iter::repeat_with(|| remaining("phase")).find(|(phase, ..)| phase == "stopping");
+    assert_eq!(stopping.unwrap().1, [Some(0); 2]);
+    assert_eq!(process.ended().code(), Some(0));
+}
+
+#[test]
 fn a_second_signal_ends_the_process_at_once() {
     let models = Models::new().with("tumor");
     // Without the second one it would go on serving for ten minutes.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tidegate::config::{self, SETTINGS, Surroundings, Text};
 use tidegate::request::Phase;
-use tidegate::server::{self, Addresses, Drained, Hooks, OnPhase, ServerError};
+use tidegate::server::{self, Addresses, Drained, Hooks, OnPhase, ServerError, WhenListening};
 use tokio::sync::oneshot;
 
 /// How long a test waits for something that must happen: long enough for a busy machine, an end for a broken one.
@@ -109,6 +109,7 @@ fn copy_tree(from: &Path, to: &Path) {
 pub struct Builder {
     settings: Vec<(&'static str, String)>,
     exe_dir: PathBuf,
+    on_listening: WhenListening,
     on_phase: OnPhase,
 }
 
@@ -130,7 +131,7 @@ impl TestServer {
         if without_onnxruntime() {
             settings.push(("engine", "tract".into()));
         }
-        Builder { settings, exe_dir: build_dir(), on_phase: Box::new(|_| {}) }
+        Builder { settings, exe_dir: build_dir(), on_listening: Box::new(|_| {}), on_phase: Box::new(|_| {}) }
     }
 
     /// Tells the server to stop, without waiting.
@@ -224,6 +225,12 @@ impl Builder {
         self
     }
 
+    /// Called on a thread of the server as soon as it listens, which may be long before it is ready.
+    pub fn on_listening(mut self, hook: impl FnOnce(&Addresses) + Send + 'static) -> Self {
+        self.on_listening = Box::new(hook);
+        self
+    }
+
     /// Called on a thread of the server with every phase, from the first on, before the phase takes effect.
     pub fn on_phase(mut self, hook: impl FnMut(Phase) + Send + 'static) -> Self {
         self.on_phase = Box::new(hook);
@@ -253,6 +260,7 @@ impl Builder {
         let (stop, told) = oneshot::channel::<()>();
         let (ready, when_ready) = mpsc::channel();
         let hooks = Hooks {
+            listening: self.on_listening,
             ready: Box::new(move |addresses, _| {
                 let _ = ready.send(*addresses);
             }),
