@@ -2,14 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc;
 use std::thread;
 
-use crate::support::{Models, PATIENCE, TestServer, exchange, root};
+use tidegate::server::Addresses;
 
-/// A port that nobody listens on.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
+use crate::support::{Models, PATIENCE, TestServer, exchange, root};
 
 fn connect(address: SocketAddr, said: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(address).unwrap();
@@ -80,20 +78,14 @@ fn a_start_that_fails_leaves_no_private_copies() {
 #[test]
 fn strict_readiness_waits_until_every_version_is_mended() {
     let models = Models::new().with("tumor").with("corrupt");
-    let (http, metrics) = (free_port(), free_port());
-    let status =
-        |port: u16, path: &str| exchange(SocketAddr::from(([127, 0, 0, 1], port)), "GET", path, &[], b"").status;
+    let status = |address: SocketAddr, path: &str| exchange(address, "GET", path, &[], b"").status;
     thread::scope(|scope| {
+        let (listening, bound) = mpsc::channel();
         let server = scope.spawn(|| {
-            TestServer::of(models.path())
-                .set("strict_readiness", true)
-                .set("http_port", http)
-                .set("metrics_port", metrics)
-                .start()
+            let on_listening = move |addresses: &Addresses| listening.send(*addresses).unwrap();
+            TestServer::of(models.path()).set("strict_readiness", true).on_listening(on_listening).start()
         });
-        while TcpStream::connect(("127.0.0.1", http)).is_err() {
-            thread::yield_now();
-        }
+        let Addresses { http, metrics, .. } = bound.recv_timeout(PATIENCE).expect("it listens before it is ready");
         assert_eq!((status(http, "/v2/health/ready"), status(metrics, "/readyz")), (503, 503));
         assert_eq!((status(http, "/v2/health/live"), status(http, "/v2/models/tumor/ready")), (200, 200));
         models.write("corrupt/1/model.onnx", std::fs::read(root().join("models/tumor/1/model.onnx")).unwrap());
