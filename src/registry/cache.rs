@@ -212,6 +212,10 @@ fn sweep(parent: &Path) -> io::Result<()> {
             continue;
         }
         let lock_path = parent.join(&name);
+        // In a folder that others may write to. Looked at before it is opened: opening a pipe would wait for a writer.
+        if !fs::symlink_metadata(&lock_path).is_ok_and(|metadata| metadata.is_file()) {
+            continue;
+        }
         // Another user's files that cannot be opened or removed are none of ours.
         let Ok(lock) = File::open(&lock_path) else { continue };
         if lock.try_lock().is_ok() && is_at(&lock, &lock_path) {
@@ -424,6 +428,21 @@ mod tests {
         [&living, &other, &living].into_iter().for_each(Cache::remove);
         let left: Vec<_> = fs::read_dir(parent.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, ["someone-elses"]);
+    }
+
+    #[test]
+    fn what_only_looks_like_a_lock_is_stepped_over() {
+        let parent = tempfile::tempdir().unwrap();
+        let pipe = parent.path().join("tidegate-pipe.lock");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        fs::write(parent.path().join("elsewhere"), "").unwrap();
+        symlink("elsewhere", parent.path().join("tidegate-link.lock")).unwrap();
+        fs::create_dir(parent.path().join("tidegate-link")).unwrap();
+        let (opened, wait) = std::sync::mpsc::channel();
+        let folder = parent.path().to_path_buf();
+        std::thread::spawn(move || opened.send(Cache::open(&folder).map(|cache| cache.remove())));
+        wait.recv_timeout(std::time::Duration::from_secs(60)).expect("the pipe is not waited for").unwrap();
+        assert!(pipe.exists() && parent.path().join("tidegate-link").exists());
     }
 
     #[test]
