@@ -1,5 +1,7 @@
 //! What a person reads when the server is ready.
 
+use std::net::SocketAddr;
+
 use crate::engine::{Engine, IndexEntry, ModelInfo};
 use crate::server::Addresses;
 use crate::tensor::{DataType, Dim, TensorSpec};
@@ -56,15 +58,30 @@ fn table(rows: &[[String; 4]]) -> String {
 
 /// A request that works as it stands: an inference with invented numbers where it is short, metadata otherwise.
 pub(super) fn line_to_try(addresses: &Addresses, engine: &Engine) -> Option<String> {
-    let ip = addresses.http.ip();
-    let host = if ip.is_unspecified() { "localhost".to_string() } else { ip.to_string() };
-    let url = format!("http://{host}:{}/v2/models", addresses.http.port());
+    let url = format!("http://{}/v2/models", authority(addresses.http));
     let infos = infos(engine);
     let tried = infos.iter().filter_map(|info| Some((request(info)?, info))).min_by_key(|(body, _)| body.len());
     match tried {
-        Some((body, info)) => Some(format!("curl {url}/{}/infer -d '{body}'", info.name)),
-        None => infos.first().map(|info| format!("curl {url}/{}", info.name)),
+        Some((body, info)) => Some(format!("curl '{url}/{}/infer' -d '{body}'", segment(&info.name))),
+        None => infos.first().map(|info| format!("curl '{url}/{}'", segment(&info.name))),
     }
+}
+
+/// Where a person on this machine reaches that address, as a URL has it.
+fn authority(address: SocketAddr) -> String {
+    if address.ip().is_unspecified() { format!("localhost:{}", address.port()) } else { address.to_string() }
+}
+
+/// A name as one segment of a URL's path, without anything that ends a shell's quotes.
+fn segment(name: &str) -> String {
+    let mut segment = String::new();
+    for byte in name.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => segment.push(char::from(byte)),
+            _ => segment.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    segment
 }
 
 fn infos(engine: &Engine) -> Vec<ModelInfo> {
@@ -100,4 +117,26 @@ fn input(spec: &TensorSpec) -> Option<String> {
             vec![one; elements].join(",")
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_to_try_reaches_the_server_over_any_address() {
+        let authority = |address: &str| authority(address.parse().unwrap());
+        assert_eq!(authority("0.0.0.0:8000"), "localhost:8000");
+        assert_eq!(authority("[::]:8000"), "localhost:8000");
+        assert_eq!(authority("127.0.0.1:80"), "127.0.0.1:80");
+        assert_eq!(authority("[::1]:8000"), "[::1]:8000");
+    }
+
+    #[test]
+    fn names_are_data_to_the_shell_and_one_segment_to_the_server() {
+        assert_eq!(segment("bert-base_v1.2"), "bert-base_v1.2");
+        assert_eq!(segment("my model"), "my%20model");
+        assert_eq!(segment("$(cmd);'`&|<>?#[]{}%"), "%24%28cmd%29%3B%27%60%26%7C%3C%3E%3F%23%5B%5D%7B%7D%25");
+        assert_eq!(segment("é"), "%C3%A9");
+    }
 }
