@@ -53,12 +53,17 @@ pub struct InFlight {
     pub requests: usize,
     /// Of request bodies.
     pub bytes: usize,
+    /// Bodies that wait for the CPU pool, and those that it works on.
+    pub pool_queued: usize,
+    pub pool_running: usize,
 }
 
 impl InFlight {
     pub fn emit(self, monitor: &Monitor) {
         monitor.in_flight.set(self.requests as f64);
         monitor.in_flight_bytes.set(self.bytes as f64);
+        monitor.pool_queued.set(self.pool_queued as f64);
+        monitor.pool_running.set(self.pool_running as f64);
     }
 }
 
@@ -91,17 +96,20 @@ impl BatchExecuted<'_> {
     }
 }
 
-/// Requests and bytes waiting in a version's queue, after a change. Emitted in the order of the changes.
+/// Requests and bytes waiting in a version's queue and requests taken from it and not yet answered, after a change.
+/// Emitted in the order of the changes.
 pub struct QueueChanged<'a> {
     pub version: &'a VersionMonitor,
     pub requests: usize,
     pub bytes: usize,
+    pub running: usize,
 }
 
 impl QueueChanged<'_> {
     pub fn emit(self) {
         self.version.queue_requests.store(self.requests, Ordering::Relaxed);
         self.version.queue_bytes.store(self.bytes, Ordering::Relaxed);
+        self.version.running.store(self.running, Ordering::Relaxed);
     }
 }
 
@@ -212,7 +220,20 @@ impl VersionDemoted<'_> {
     }
 }
 
-/// An inference engine is available and used.
+/// An inference engine that the process has.
+pub struct EnginePresent<'a> {
+    /// `onnxruntime`, `tract`.
+    pub backend: &'a str,
+    pub version: &'a str,
+}
+
+impl EnginePresent<'_> {
+    pub fn emit(self, monitor: &Monitor) {
+        monitor.exporter.gauge(&names::ENGINE_INFO, &[self.backend, self.version]).set(1.0);
+    }
+}
+
+/// The engine that models get which name none.
 pub struct EngineChosen<'a> {
     /// `onnxruntime`, `tract`.
     pub backend: &'a str,
@@ -223,8 +244,7 @@ pub struct EngineChosen<'a> {
 }
 
 impl EngineChosen<'_> {
-    pub fn emit(self, monitor: &Monitor) {
-        monitor.exporter.gauge(&names::ENGINE_INFO, &[self.backend, self.version]).set(1.0);
+    pub fn emit(self) {
         let EngineChosen { backend, version, reason, degraded } = self;
         if degraded {
             tracing::warn!(backend, version, reason, "engine chosen in place of one that cannot be used");

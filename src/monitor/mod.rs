@@ -39,6 +39,8 @@ pub struct Monitor {
     refused: [[Counter; Kind::ALL.len()]; PROTOCOLS.len()],
     in_flight: Gauge,
     in_flight_bytes: Gauge,
+    pool_queued: Gauge,
+    pool_running: Gauge,
     loads_ok: Counter,
     loads_failed: Counter,
     truncated_versions: Counter,
@@ -60,6 +62,8 @@ impl Monitor {
             }),
             in_flight: exporter.gauge(&names::IN_FLIGHT, &[]),
             in_flight_bytes: exporter.gauge(&names::IN_FLIGHT_BYTES, &[]),
+            pool_queued: exporter.gauge(&names::CPU_POOL_QUEUE_DEPTH, &[]),
+            pool_running: exporter.gauge(&names::CPU_POOL_RUNNING, &[]),
             loads_ok: loads("ok"),
             loads_failed: loads("failed"),
             truncated_versions: truncated("version"),
@@ -106,6 +110,7 @@ impl Monitor {
             truncated_classes: self.truncated_classes.clone(),
             queue_requests: AtomicUsize::new(0),
             queue_bytes: AtomicUsize::new(0),
+            running: AtomicUsize::new(0),
             ready: AtomicBool::new(false),
             info: Mutex::default(),
         });
@@ -167,6 +172,7 @@ pub struct VersionMonitor {
     truncated_classes: Counter,
     queue_requests: AtomicUsize,
     queue_bytes: AtomicUsize,
+    running: AtomicUsize,
     ready: AtomicBool,
     info: Mutex<Option<Info>>,
 }
@@ -227,6 +233,7 @@ fn write_versions(out: &mut String, versions: &[Arc<VersionMonitor>]) {
     };
     gauge(&names::QUEUE_DEPTH, &|version| Some(version.queue_requests.load(Ordering::Relaxed) as f64));
     gauge(&names::QUEUE_BYTES, &|version| Some(version.queue_bytes.load(Ordering::Relaxed) as f64));
+    gauge(&names::RUNNING, &|version| Some(version.running.load(Ordering::Relaxed) as f64));
     gauge(&names::MODEL_READY, &|version| Some(f64::from(u8::from(version.is_ready()))));
     gauge(&names::MODEL_LOAD, &|version| version.info().as_ref().map(|info| info.load.as_secs_f64()));
     let mut family = Family::new(out, &names::MODEL_INFO);
@@ -378,9 +385,9 @@ mod tests {
         ];
         let version = monitor.version("m\"1".into(), id(2), outputs);
         load(&monitor, &version);
-        EngineChosen { backend: "fake", version: "1.0", reason: "a test", degraded: false }.emit(&monitor);
-        InFlight { requests: 3, bytes: 400 }.emit(&monitor);
-        QueueChanged { version: &version, requests: 2, bytes: 64 }.emit();
+        EnginePresent { backend: "fake", version: "1.0" }.emit(&monitor);
+        InFlight { requests: 3, bytes: 400, pool_queued: 7, pool_running: 1 }.emit(&monitor);
+        QueueChanged { version: &version, requests: 2, bytes: 64, running: 5 }.emit();
         version.fold(&[floats(&[2, 2], vec![0.25, 0.75, 1.0, 0.0]), floats(&[2], vec![1.5, f32::NAN])]);
         execute(&version, 2, false);
         execute(&version, 7, true);
@@ -428,6 +435,9 @@ mod tests {
             ("tidegate_inflight_bytes".into(), 400.0),
             (format!("tidegate_queue_depth{{{v}}}"), 2.0),
             (format!("tidegate_queue_bytes{{{v}}}"), 64.0),
+            (format!("tidegate_running{{{v}}}"), 5.0),
+            ("tidegate_cpu_pool_queue_depth".into(), 7.0),
+            ("tidegate_cpu_pool_running".into(), 1.0),
             (format!("tidegate_model_ready{{{v}}}"), 1.0),
             (format!("tidegate_model_load_seconds{{{v}}}"), 1.5),
             (

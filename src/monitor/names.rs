@@ -127,6 +127,12 @@ table! {
             "Requests refused because their version's queue was full.";
         QUEUE_BYTES = Shape::Gauge, "tidegate_queue_bytes", "bytes", ["model", "version"],
             "Bytes of inputs waiting in a version's queue.";
+        RUNNING = Shape::Gauge, "tidegate_running", "requests", ["model", "version"],
+            "Requests that a version's instances have taken from its queue and are computing.";
+        CPU_POOL_QUEUE_DEPTH = Shape::Gauge, "tidegate_cpu_pool_queue_depth", "jobs", [],
+            "Bodies too big for an I/O thread that wait to be parsed, formatted or compressed.";
+        CPU_POOL_RUNNING = Shape::Gauge, "tidegate_cpu_pool_running", "jobs", [],
+            "Bodies being parsed, formatted or compressed by the pool's threads.";
     }
     Executions {
         EXECUTIONS = Shape::Counter, "tidegate_executions_total", "batches", ["model", "version"],

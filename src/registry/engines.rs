@@ -141,6 +141,10 @@ impl Engines {
         }
     }
 
+    pub fn present(&self) -> impl Iterator<Item = &Arc<dyn Backend>> {
+        self.onnxruntime.iter().chain(&self.tract)
+    }
+
     /// The engine of models that name none, and why it is this one.
     pub(super) fn summary(&self) -> Option<Summary> {
         let summary = |backend: &Arc<dyn Backend>, reason| Summary {

@@ -132,7 +132,7 @@ impl Registry {
     ) -> Result<Arc<Registry>, RegistryError> {
         let engines = Engines::find(&config.engines).map_err(RegistryError::Engine)?;
         if let Some(Summary { backend, version, reason, degraded }) = engines.summary() {
-            events::EngineChosen { backend, version: &version, reason: &reason, degraded }.emit(&monitor);
+            events::EngineChosen { backend, version: &version, reason: &reason, degraded }.emit();
         }
         Registry::start_with(config, engines, cores, gate, monitor)
     }
@@ -151,6 +151,9 @@ impl Registry {
             return Err(folder.empty(&scan).into());
         }
         let cache = Arc::new(config.open_cache()?);
+        for backend in engines.present() {
+            events::EnginePresent { backend: backend.name(), version: &backend.version() }.emit(&monitor);
+        }
         let shared = Arc::new(Shared {
             table: ArcSwap::default(),
             progress: Mutex::new(Progress { threads: 2, ..Progress::default() }),

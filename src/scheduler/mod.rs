@@ -328,8 +328,8 @@ impl Shared {
     }
 
     fn emit_queue(&self, state: &State) {
-        let (requests, bytes) = (state.batcher.len(), state.batcher.bytes());
-        QueueChanged { version: &self.monitor, requests, bytes }.emit();
+        let (requests, bytes, running) = (state.batcher.len(), state.batcher.bytes(), state.running);
+        QueueChanged { version: &self.monitor, requests, bytes, running }.emit();
     }
 
     /// Stops sharing batches: what the model gives does not have one row per row.

@@ -141,6 +141,7 @@ struct Bench {
     script: Arc<Script>,
     budget: Arc<Budget>,
     gate: Arc<Gate>,
+    monitor: Arc<Monitor>,
     scheduler: Scheduler,
 }
 
@@ -152,11 +153,12 @@ impl Bench {
         let signature = Signature { inputs: vec![spec("x")], outputs: vec![spec("double"), spec("half")] };
         let model = Arc::new(ScriptedModel { script: Arc::clone(&script), signature });
         let instance = model.instance().unwrap();
-        let monitor = Monitor::new().version("m".into(), VersionId::new(1).unwrap(), Vec::new());
+        let monitor = Monitor::new();
+        let version = monitor.version("m".into(), VersionId::new(1).unwrap(), Vec::new());
         let gate = Gate::new(4);
-        let scheduler = Scheduler::new("scripted/7", model, instance, config, Arc::clone(&gate), monitor);
+        let scheduler = Scheduler::new("scripted/7", model, instance, config, Arc::clone(&gate), version);
         let budget = Budget::new(BudgetConfig::default());
-        Bench { script, budget, gate, scheduler }
+        Bench { script, budget, gate, monitor, scheduler }
     }
 
     fn config() -> Config {
@@ -218,6 +220,13 @@ impl Bench {
 
     fn in_flight(&self) -> usize {
         self.budget.requests()
+    }
+
+    /// As a scrape shows it.
+    fn running(&self) -> usize {
+        let text = self.monitor.render();
+        let series = "tidegate_running{model=\"m\",version=\"1\"} ";
+        text.lines().find_map(|line| line.strip_prefix(series)).expect("the series").parse().unwrap()
     }
 
     fn join(&self) {
@@ -319,7 +328,7 @@ async fn a_deadline_behind_a_held_run_is_answered_and_frees_the_place() {
     let first = bench.occupy();
     let deadline = Some(Instant::now() + Duration::from_millis(50));
     let late = bench.send(Prepared { deadline, ..Bench::prepared(&[1.0]) });
-    assert_eq!((bench.queued(), bench.in_flight()), (1, 2));
+    assert_eq!((bench.queued(), bench.in_flight(), bench.running()), (1, 2, 1));
     let error = done(late).await.unwrap_err();
     assert_eq!((error.kind(), error.message()), (Kind::DeadlineExceeded, "Request timeout expired"));
     assert_eq!((bench.queued(), bench.in_flight()), (0, 1));
@@ -331,7 +340,7 @@ async fn a_deadline_behind_a_held_run_is_answered_and_frees_the_place() {
     assert_eq!(kind(past).await, Kind::DeadlineExceeded);
     bench.script.release();
     bench.join();
-    assert_eq!((bench.script.runs().len(), bench.in_flight()), (1, 0));
+    assert_eq!((bench.script.runs().len(), bench.in_flight(), bench.running()), (1, 0, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -517,7 +526,7 @@ async fn closed_serves_what_is_queued_and_refuses_what_comes() {
 
 #[tokio::test]
 async fn a_dropped_scheduler_lets_its_threads_go() {
-    let Bench { script, scheduler, budget, gate } = Bench::new(Bench::config());
+    let Bench { script, scheduler, budget, gate, .. } = Bench::new(Bench::config());
     let permit = budget.admit(0, Instant::now()).unwrap();
     scheduler.submit(Bench::prepared(&[1.0]), permit).await.unwrap();
     drop((scheduler, gate));

@@ -138,7 +138,7 @@ impl Worker {
     fn find_work(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
         let mut state = lock(&shared.state);
-        state.running -= std::mem::take(&mut self.running);
+        self.count_out(&mut state);
         state.returning -= usize::from(std::mem::take(&mut self.returning));
         loop {
             match state.batcher.readiness(Instant::now()) {
@@ -181,6 +181,15 @@ impl Worker {
                 return state.closed.then_some(state);
             }
             (state, _) = shared.work.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The jobs this worker took run no more.
+    fn count_out(&mut self, state: &mut State) {
+        let ended = std::mem::take(&mut self.running);
+        state.running -= ended;
+        if ended > 0 {
+            self.shared.emit_queue(state);
         }
     }
 
@@ -328,7 +337,7 @@ impl Drop for Worker {
         let instance = self.instance.take().filter(|_| !thread::panicking());
         let mut state = lock(&shared.state);
         self.set_heading(&mut state, false);
-        state.running -= self.running;
+        self.count_out(&mut state);
         state.returning -= usize::from(self.returning);
         state.workers -= 1;
         match instance {

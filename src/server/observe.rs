@@ -72,7 +72,8 @@ pub(super) fn spawn(address: SocketAddr, probe: Probe) -> Result<Observation, Se
 async fn metrics(State(shared): State<Shared>) -> impl IntoResponse {
     if let Some(engine) = shared.engine.get() {
         let (requests, bytes) = engine.in_flight();
-        events::InFlight { requests, bytes }.emit(&shared.probe.monitor);
+        let (pool_queued, pool_running) = (engine.cpu().pending(), engine.cpu().ongoing());
+        events::InFlight { requests, bytes, pool_queued, pool_running }.emit(&shared.probe.monitor);
     }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], shared.probe.monitor.render())
 }

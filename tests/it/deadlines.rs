@@ -22,8 +22,7 @@ fn busy() -> (Models, TestServer, TcpStream) {
     let server = TestServer::of(models.path()).start();
     let holder = send(&server, &slow(STEPS).to_string());
     server.eventually("the long run is under way", |server| {
-        server.metrics().sum("tidegate_inflight", &[]) == 1.0
-            && server.metrics().sum("tidegate_queue_depth", &["model=\"slow\""]) == 0.0
+        server.metrics().sum("tidegate_running", &["model=\"slow\""]) == 1.0
     });
     (models, server, holder)
 }

@@ -192,6 +192,10 @@ fn with_the_library_the_process_maps_it() {
     }
     let server = TestServer::of(&root().join("models")).start();
     assert_eq!(server.get("/v2/models/digits").json()["platform"], "onnxruntime_onnx");
+    let metrics = server.metrics();
+    for engine in engines() {
+        assert_eq!(metrics.sum("tidegate_engine_info", &[&format!("backend=\"{engine}\"")]), 1.0, "{engine}");
+    }
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     assert!(maps.contains("libonnxruntime"), "the library is not mapped");
 }
