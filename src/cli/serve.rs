@@ -2,7 +2,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{logging, summary, surroundings};
@@ -62,14 +62,8 @@ impl Arguments {
 pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     let surroundings = surroundings::read();
     let path = arguments.config.clone().or_else(|| surroundings.variables.get("TIDEGATE_CONFIG").map(PathBuf::from));
-    let file = path
-        .map(|path| {
-            let content = std::fs::read_to_string(&path)
-                .with_context(|| format!("cannot read the configuration file {}", path.display()))?;
-            anyhow::Ok((path.display().to_string(), content))
-        })
-        .transpose()?;
-    let file = file.as_ref().map(|(name, content)| (name.as_str(), content.as_str()));
+    let file =
+        path.map(|path| config::File { name: path.display().to_string(), content: std::fs::read_to_string(&path) });
     let resolved = config::resolve(arguments.given(), file, &surroundings)?;
     logging::start(resolved.log_format, resolved.log_level);
 

@@ -2,11 +2,26 @@
 
 use toml::de::{DeTable, DeValue};
 
-use super::{Given, SETTINGS, Text, settings};
+use super::{File, Given, SETTINGS, Text, settings};
 use crate::problem::{Problem, nearest};
 
-/// Reads every known key; unknown ones and values that are no scalar become problems.
-pub(super) fn read(name: &str, content: &str, problems: &mut Vec<Problem>) -> Given {
+/// Reads every known key; a file that cannot be read, unknown keys and values that are no scalar become problems.
+pub(super) fn read(file: File, problems: &mut Vec<Problem>) -> Given {
+    let File { name, content } = file;
+    match content {
+        Ok(content) => read_text(&name, &content, problems),
+        Err(error) => {
+            problems.push(Problem {
+                place: name,
+                found: format!("no readable file ({error})"),
+                expected: "TOML".into(),
+            });
+            Given::new()
+        }
+    }
+}
+
+fn read_text(name: &str, content: &str, problems: &mut Vec<Problem>) -> Given {
     let mut given = Given::new();
     match DeTable::parse(content) {
         Err(error) => problems.push(Problem {
@@ -84,7 +99,7 @@ mod tests {
 
     fn read_all(content: &str) -> (Vec<(&'static str, String, String)>, Vec<String>) {
         let mut problems = Vec::new();
-        let given = read("t.toml", content, &mut problems);
+        let given = read_text("t.toml", content, &mut problems);
         let given = given.into_iter().map(|(setting, text)| (setting.key, text.text, text.place)).collect();
         (given, problems.iter().map(Problem::to_string).collect())
     }

@@ -36,6 +36,13 @@ pub struct Text {
     pub place: String,
 }
 
+/// `tidegate.toml`, or another file that was named, as far as it could be read.
+#[derive(Debug)]
+pub struct File {
+    pub name: String,
+    pub content: std::io::Result<String>,
+}
+
 /// All things wrong with the configuration; at least one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problems(pub Vec<Problem>);

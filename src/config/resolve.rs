@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Given, Problems, SETTINGS, Setting, Text, file};
+use super::{File, Given, Problems, SETTINGS, Setting, Text, file};
 use crate::problem::Problem;
 use crate::protocol::{grpc, rest};
 use crate::registry::{self, BackendChoice, EnginesConfig};
@@ -40,10 +40,10 @@ pub struct Surroundings {
     pub temp_dir: PathBuf,
 }
 
-/// `flags` as typed; `file` by name and content.
-pub fn resolve(flags: Given, file: Option<(&str, &str)>, surroundings: &Surroundings) -> Result<Resolved, Problems> {
+/// `flags` as typed.
+pub fn resolve(flags: Given, file: Option<File>, surroundings: &Surroundings) -> Result<Resolved, Problems> {
     let mut problems = Vec::new();
-    let file = file.map(|(name, content)| file::read(name, content, &mut problems)).unwrap_or_default();
+    let file = file.map(|file| file::read(file, &mut problems)).unwrap_or_default();
     Texts::of(file, flags, surroundings, problems).read(|texts| build(texts, surroundings))
 }
 
@@ -267,7 +267,8 @@ mod tests {
             cores: 2,
             ..Surroundings::default()
         };
-        resolve(flags, file.map(|content| ("tidegate.toml", content)), &surroundings)
+        let file = file.map(|content| File { name: "tidegate.toml".into(), content: Ok(content.into()) });
+        resolve(flags, file, &surroundings)
     }
 
     #[test]

@@ -87,14 +87,8 @@ fn inspect_says_why_a_model_is_not_batched_or_not_servable() {
 
 #[test]
 fn validate_counts_the_golden_cases_that_agree() {
-    let models = ["digits", "tumor", "diabetes"].into_iter().fold(Models::new(), Models::with);
-    // tract has no tree ensembles.
-    let versions = if without_onnxruntime() {
-        4
-    } else {
-        models.add("wine");
-        5
-    };
+    let models = ["digits", "tumor", "diabetes", "wine"].into_iter().fold(Models::new(), Models::with);
+    let versions = 5;
     let output = loading("validate", models.path());
     let text = stdout(&output);
     assert_eq!(output.status.code(), Some(0), "{text}{}", stderr(&output));
@@ -168,7 +162,9 @@ fn configuration_errors_come_all_at_once_before_a_port_is_bound() {
 fn serve_says_what_keeps_it_from_starting() {
     complains(&run(&["serve"], &[]), &["1 problem in the configuration", "--registry: found nothing"]);
     complains(&run(&["serve", "--regsitry", "models"], &[]), &["--regsitry", "--registry"]);
-    complains(&run(&["serve", "--registry", "models", "--config", "/nowhere.toml"], &[]), &["/nowhere.toml"]);
+    let problems = ["2 problems", "/nowhere.toml: found no readable file (", "--http-port: found `x`"];
+    let arguments = ["serve", "--registry", "models", "--config", "/nowhere.toml", "--http-port", "x"];
+    complains(&run(&arguments, &[]), &problems);
     complains(&run(&["serv"], &[]), &["serv", "serve"]);
     complains(&run(&[], &[]), &["Usage"]);
 
