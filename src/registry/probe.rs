@@ -4,12 +4,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::{Batch, Instance, LoadError, Model};
+use crate::backend::{Batch, Instance, LoadError, Model, first_line};
 use crate::scheduler::Gate;
 use crate::tensor::Tensor;
-
-/// Longest part of an engine's message that is repeated, in characters.
-const MESSAGE_LIMIT: usize = 200;
 
 pub struct Probe {
     model: Arc<dyn Model>,
@@ -73,9 +70,4 @@ impl Probe {
             None => self.model.instance(),
         }
     }
-}
-
-fn first_line(message: &str) -> String {
-    let line = message.lines().find(|line| !line.trim().is_empty()).unwrap_or("no message").trim();
-    line.chars().filter(|c| !c.is_control()).take(MESSAGE_LIMIT).collect()
 }

@@ -5,7 +5,7 @@
 //! root that is itself an `.onnx` file (the last two are named by the configuration). Hidden entries and folders whose
 //! name is no version are stepped over. Symbolic links are followed inside the root only.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, Metadata};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -119,6 +119,7 @@ impl Folder {
         for entry in entries {
             self.scan_model(&root, &entry, &mut scan);
         }
+        self.forget_configs(&scan);
         Ok(scan)
     }
 
@@ -248,6 +249,12 @@ impl Folder {
             fingerprint: fingerprint.unwrap_or_default(),
         };
         scan.versions.insert(key, discovered);
+    }
+
+    /// Keeps the settings of models that are there.
+    fn forget_configs(&mut self, scan: &Scan) {
+        let folders: HashSet<&Path> = scan.versions.values().map(|found| &*found.folder).collect();
+        self.configs.retain(|path, _| path.parent().is_some_and(|folder| folders.contains(folder)));
     }
 
     fn config(&mut self, root: &Path, folder: &Path) -> Config {
@@ -499,6 +506,18 @@ mod tests {
         let configs: Vec<_> = scan.versions.values().map(|found| &found.config).collect();
         assert_eq!(configs[0].as_ref().unwrap().threads, Some(3));
         assert!(configs[1].as_ref().unwrap_err().contains("`threads`, perhaps"));
+    }
+
+    #[test]
+    fn settings_of_models_that_are_gone_are_forgotten() {
+        let root = Root::new();
+        root.file("a/1/model.onnx", "x").file("a/model.toml", "").file("b/1/model.onnx", "x").file("b/model.toml", "");
+        let mut folder = Folder::new(root.0.path().to_path_buf(), "model");
+        folder.scan().unwrap();
+        assert_eq!(folder.configs.len(), 2);
+        fs::remove_dir_all(root.0.path().join("a")).unwrap();
+        folder.scan().unwrap();
+        assert_eq!(folder.configs.len(), 1);
     }
 
     #[test]
