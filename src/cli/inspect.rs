@@ -54,6 +54,8 @@ fn loaded(facts: &Facts) -> String {
     let batching =
         if facts.batching.enabled { format!("on, up to {} rows", facts.preferred_rows) } else { "off".into() };
     lines.push(("batching", format!("{batching}: {}", facts.batching.reason)));
+    let ragged = if facts.ragged.plan.is_some() { "on" } else { "off" };
+    lines.push(("ragged", format!("{ragged}: {}", facts.ragged.reason)));
     lines.push(("threads", facts.threads.to_string()));
     lines.push(("producer", facts.producer.clone()));
     lines.push(("digest", facts.digest.to_string()));

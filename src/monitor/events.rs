@@ -72,6 +72,10 @@ pub struct BatchExecuted<'a> {
     pub version: &'a VersionMonitor,
     pub requests: usize,
     pub rows: usize,
+    /// Positions along the rows' sequences, as sent; 0 where rows of different lengths don't share batches.
+    pub data: usize,
+    /// Positions that shorter rows were filled up with.
+    pub padding: usize,
     pub gather_and_compute: Duration,
     pub split: Duration,
     pub failed: bool,
@@ -79,7 +83,7 @@ pub struct BatchExecuted<'a> {
 
 impl BatchExecuted<'_> {
     pub fn emit(self) {
-        let BatchExecuted { version, requests, rows, gather_and_compute, split, failed } = self;
+        let BatchExecuted { version, requests, rows, data, padding, gather_and_compute, split, failed } = self;
         let handles = &version.handles;
         handles.executions.increment(1);
         if failed {
@@ -88,9 +92,14 @@ impl BatchExecuted<'_> {
             handles.inferences.increment(rows as u64);
         }
         handles.batch_size().record(rows as f64);
+        if data > 0 {
+            let [sent, filled] = handles.positions();
+            sent.increment(data as u64);
+            filled.increment(padding as u64);
+        }
         handles.infer_duration().record(gather_and_compute.as_secs_f64());
         tracing::trace!(
-            model = %version.model, version = %version.version, requests, rows, failed,
+            model = %version.model, version = %version.version, requests, rows, padding, failed,
             gather_and_compute_us = gather_and_compute.as_micros(), split_us = split.as_micros(), "batch executed"
         );
     }

@@ -25,6 +25,7 @@ pub(super) struct Handles {
     queue_duration: OnceLock<Histogram>,
     infer_duration: OnceLock<Histogram>,
     batch_size: OnceLock<Histogram>,
+    positions: OnceLock<[Counter; 2]>,
     pub(super) executions: Counter,
     pub(super) execution_failures: Counter,
     pub(super) inferences: Counter,
@@ -46,6 +47,7 @@ impl Handles {
             queue_duration: OnceLock::new(),
             infer_duration: OnceLock::new(),
             batch_size: OnceLock::new(),
+            positions: OnceLock::new(),
             executions,
             execution_failures,
             inferences,
@@ -82,6 +84,14 @@ impl Handles {
 
     pub(super) fn batch_size(&self) -> &Histogram {
         self.histogram(&self.batch_size, &names::BATCH_SIZE)
+    }
+
+    /// Along the sequences of batches: as sent, and filled up.
+    pub(super) fn positions(&self) -> &[Counter; 2] {
+        self.positions.get_or_init(|| {
+            ["data", "padding"]
+                .map(|kind| self.exporter.counter(&names::SEQUENCE_POSITIONS, &[&self.model, &self.version, kind]))
+        })
     }
 
     fn histogram<'a>(&self, cell: &'a OnceLock<Histogram>, metric: &'static Metric) -> &'a Histogram {

@@ -324,7 +324,7 @@ mod tests {
 
     fn execute(version: &VersionMonitor, rows: usize, failed: bool) {
         let (gather_and_compute, split) = (Duration::from_micros(300), Duration::ZERO);
-        BatchExecuted { version, requests: 1, rows, gather_and_compute, split, failed }.emit();
+        BatchExecuted { version, requests: 1, rows, data: 0, padding: 0, gather_and_compute, split, failed }.emit();
     }
 
     /// Reads the text format strictly and returns every sample as written (`name{labels}`) with its value.

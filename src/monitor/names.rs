@@ -143,6 +143,9 @@ table! {
             "Rows computed in batches that succeeded; above executions where requests were batched.";
         BATCH_SIZE = Shape::Histogram(BATCH_BUCKETS), "tidegate_batch_size", "rows", ["model", "version"],
             "Rows of each batch given to the engine.";
+        SEQUENCE_POSITIONS = Shape::Counter, "tidegate_sequence_positions_total", "positions",
+            ["model", "version", "kind"],
+            "Positions along the sequences of batches whose requests may differ in length: data as sent, or padding.";
         INFER_DURATION = Shape::Histogram(DURATION_BUCKETS), "tidegate_infer_duration_seconds", "seconds",
             ["model", "version"], "Time to gather a batch's inputs and run the engine on them, per batch.";
     }

@@ -17,6 +17,7 @@ use super::golden::{self, Goldens};
 use super::invent::{self, Random, Recipe};
 use super::model_config::ModelConfig;
 use super::probe::Probe;
+use super::ragged;
 use super::selftest::{self, BatchDecision};
 use super::source::{Discovered, GOLDEN_FILE, MODEL_FILE, read_text};
 use super::version::{Facts, OutputInfo, Version};
@@ -207,6 +208,8 @@ impl Loader {
         let batching =
             selftest::decide(config.batching.enabled, couples, &signature, || selftest::run(&mut probe, &signature))
                 .map_err(Failure::Config)?;
+        let ragged = ragged::decide(&config.batching.ragged, batching.enabled, &signature, &mut probe)
+            .map_err(Failure::Config)?;
         let max_batch_size = config.batching.max_batch_size;
         if let Some(why) = max_batch_size.and_then(|_| selftest::uncounted_rows(&signature)) {
             return Err(Failure::Config(format!("model.toml declares `batching.max_batch_size`, but {why}")));
@@ -234,6 +237,7 @@ impl Loader {
             signature,
             outputs,
             batching,
+            ragged,
             max_batch_size,
             preferred_rows,
             threads,
@@ -421,6 +425,7 @@ fn scheduling(facts: &Facts, config: &ModelConfig) -> scheduler::Config {
         instances: facts.threads.instances,
         threads: facts.threads.threads,
         batching: facts.batching.enabled,
+        ragged: facts.ragged.plan.clone(),
         preferred_rows: facts.preferred_rows,
         max_delay: config.batching.max_delay.unwrap_or(defaults.max_delay),
         max_queue_requests: config.max_queue_requests.unwrap_or(defaults.max_queue_requests),

@@ -7,11 +7,12 @@ use std::time::Duration;
 use toml::{Table, Value};
 
 use super::engines::BackendChoice;
+use super::ragged::RaggedConfig;
 use crate::backend::Device;
 use crate::error::quoted;
 use crate::problem::{Problem, nearest};
 use crate::request::VersionId;
-use crate::tensor::OutputKind;
+use crate::tensor::{MAX_RANK, OutputKind};
 use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
 
 const MAX_INSTANCES: i64 = 256;
@@ -37,6 +38,9 @@ enabled = "auto"            # auto: batched if the file and the self-test at loa
 preferred_rows = 32         # what batches are filled up to
 max_batch_size = 256        # the most rows one request may carry, batched or not; by default any number
 max_delay = "0"             # how long a request may wait for others to share its batch
+ragged = "auto"             # requests of different lengths in one batch. auto: where integer inputs and a mask suggest
+                            # it and the self-test proves it; or false; or what shorter rows are filled up with along
+                            # an axis, by input: { axis = 1, fill = { ids = 0, mask = 0 } }
 
 [limits]
 max_queue_requests = 1024   # waiting for this version; more are refused
@@ -80,6 +84,7 @@ pub struct BatchingConfig {
     /// The most rows one request may carry.
     pub max_batch_size: Option<usize>,
     pub max_delay: Option<Duration>,
+    pub ragged: RaggedConfig,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -195,8 +200,31 @@ fn read_batching(top: &mut Section) -> BatchingConfig {
         max_delay: section.read("max_delay", DURATION_FORM, |value| {
             value.as_str().and_then(parse_duration).filter(|delay| *delay <= MAX_DELAY)
         }),
+        ragged: read_ragged(section),
     })
     .unwrap_or_default()
+}
+
+fn read_ragged(batching: &mut Section) -> RaggedConfig {
+    if !matches!(batching.table.get("ragged"), Some(Value::Table(_))) {
+        let read = |value: &Value| match value {
+            Value::Boolean(false) => Some(RaggedConfig::Off),
+            Value::String(text) if text == "auto" => Some(RaggedConfig::Auto),
+            _ => None,
+        };
+        return batching.read("ragged", "false, \"auto\" or a table of `axis` and `fill`", read).unwrap_or_default();
+    }
+    let declared = batching.section("ragged", |section| RaggedConfig::Declared {
+        axis: section.count("axis", MAX_RANK as i64).unwrap_or(1),
+        fill: section.read("fill", "a table of numbers by input", read_fill).unwrap_or_default(),
+    });
+    declared.unwrap_or_default()
+}
+
+fn read_fill(value: &Value) -> Option<BTreeMap<String, f64>> {
+    let number = |value: &Value| value.as_float().or_else(|| value.as_integer().map(|n| n as f64));
+    let table = value.as_table().filter(|table| !table.is_empty())?;
+    table.iter().map(|(name, value)| Some((name.clone(), number(value)?))).collect()
 }
 
 fn read_switch(value: &Value) -> Option<Option<bool>> {
@@ -347,6 +375,7 @@ mod tests {
             preferred_rows = 16
             max_batch_size = 64
             max_delay = "2ms"
+            ragged = { axis = 2, fill = { ids = 1 } }
             [limits]
             max_queue_requests = 10
             max_queue_bytes = "64MiB"
@@ -367,6 +396,7 @@ mod tests {
                 preferred_rows: Some(16),
                 max_batch_size: Some(64),
                 max_delay: Some(Duration::from_millis(2)),
+                ragged: RaggedConfig::Declared { axis: 2, fill: [("ids".to_string(), 1.0)].into() },
             }
         );
         assert_eq!((config.max_queue_requests, config.max_queue_bytes), (Some(10), Some(64 << 20)));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::backend::{Batch, Instance, LoadError, Model, first_line};
 use crate::scheduler::Gate;
-use crate::tensor::Tensor;
+use crate::tensor::{Ragged, Tensor};
 
 pub struct Probe {
     model: Arc<dyn Model>,
@@ -43,6 +43,15 @@ impl Probe {
 
     /// Runs the jobs as one batch. The error is the first line of what the engine says.
     pub fn run(&mut self, jobs: &[&[Tensor]]) -> Result<Vec<Tensor>, String> {
+        self.run_batch(&Batch::new(jobs))
+    }
+
+    /// The same with shorter jobs filled up; the outputs are as long as the longest.
+    pub fn run_padded(&mut self, jobs: &[&[Tensor]], ragged: &Ragged) -> Result<Vec<Tensor>, String> {
+        self.run_batch(&Batch::new(jobs).padded(Some(ragged)))
+    }
+
+    fn run_batch(&mut self, batch: &Batch) -> Result<Vec<Tensor>, String> {
         let mut instance = match self.instance.take() {
             Some(instance) => instance,
             None => self.model.instance().map_err(|error| first_line(&error.to_string()))?,
@@ -50,7 +59,7 @@ impl Probe {
         let turn = self.gate.acquire(self.threads);
         let begin = (self.clock)();
         // An instance is not used again after a panic, so nobody sees what it left half-done.
-        let outcome = catch_unwind(AssertUnwindSafe(|| instance.run(&Batch::new(jobs))));
+        let outcome = catch_unwind(AssertUnwindSafe(|| instance.run(batch)));
         self.spent += (self.clock)().saturating_duration_since(begin);
         drop(turn);
         let Ok(outcome) = outcome else { return Err("the engine panicked".into()) };

@@ -21,7 +21,7 @@ const ROWS: usize = 5;
 const LOUD: f64 = 100.0;
 /// Value ranges in the order tried: integers below, floats up to. Wider ones only where narrower ones show no
 /// difference between rows (trees that split at large values, vocabularies whose first words embed alike).
-const RANGES: [(u64, f64); 3] = [(2, 1.0), (16, 30.0), (128, 1000.0)];
+pub(super) const RANGES: [(u64, f64); 3] = [(2, 1.0), (16, 30.0), (128, 1000.0)];
 const SEED: u64 = 0x7469_6465_6761_7465;
 
 /// Whether a version is batched, and why.
@@ -294,7 +294,7 @@ impl RunFailure {
 /// How far apart two answers to the same row may lie: another order of additions is allowed, another scale of
 /// quantisation is not.
 #[derive(Clone, Copy)]
-struct Tolerance {
+pub(super) struct Tolerance {
     relative: f64,
     /// Of the largest magnitude in the row's own answer.
     of_scale: f64,
@@ -302,7 +302,7 @@ struct Tolerance {
 }
 
 impl Tolerance {
-    fn of(signature: &Signature) -> Tolerance {
+    pub(super) fn of(signature: &Signature) -> Tolerance {
         let halves = signature
             .inputs
             .iter()
@@ -315,7 +315,7 @@ impl Tolerance {
         }
     }
 
-    fn same(&self, alone: &Tensor, batched: &Tensor) -> Result<(), String> {
+    pub(super) fn same(&self, alone: &Tensor, batched: &Tensor) -> Result<(), String> {
         if alone.shape() != batched.shape() {
             return Err(format!("shape {} alone, {} batched", alone.shape(), batched.shape()));
         }
@@ -329,7 +329,7 @@ impl Tolerance {
     }
 
     /// Whether two answers differ by clearly more than the tolerance hides.
-    fn tells_apart(&self, one: &Tensor, other: &Tensor) -> bool {
+    pub(super) fn tells_apart(&self, one: &Tensor, other: &Tensor) -> bool {
         match (floats(one), floats(other)) {
             _ if one.shape() != other.shape() => true,
             (Some(a), Some(b)) => self.first_beyond(&a, &b, 10.0).is_some(),

@@ -156,6 +156,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 fn row(width: usize) -> (Prepared, Permit) {
     let tensor = Tensor::from_vec(Shape::new([1, width]).unwrap(), vec![1f32; width]).unwrap();
     let prepared = Prepared {
+        length: 0,
         inputs: vec![tensor],
         outputs: vec![0],
         rows: 1,
@@ -225,7 +226,8 @@ fn a_declared_maximum_of_rows_holds_unbatched_and_fails_the_load_where_rows_cann
         setup.write(&format!("{trap}/model.toml"), "batching = { max_batch_size = 2 }");
     }
     let registry = setup.start();
-    let batching = choose(&registry, "m", None).unwrap().batching();
+    let version = choose(&registry, "m", None).unwrap();
+    let batching = version.batching();
     assert_eq!((batching.enabled, batching.max_batch_size), (false, Some(2)));
     let failed = |why: &str| format!("Failed model.toml declares `batching.max_batch_size`, but input {why}");
     let index = index(&registry);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::cache::Cached;
+use super::ragged::RaggedDecision;
 use super::selftest::BatchDecision;
 use crate::backend::Device;
 use crate::monitor::VersionMonitor;
@@ -58,6 +59,8 @@ pub struct Facts {
     /// One per output of the signature.
     pub outputs: Vec<OutputInfo>,
     pub batching: BatchDecision,
+    /// Whether requests of different lengths share batches.
+    pub ragged: RaggedDecision,
     /// The most rows one request may carry, where declared.
     pub max_batch_size: Option<usize>,
     pub preferred_rows: usize,
@@ -96,8 +99,12 @@ impl Version {
         &self.facts.signature
     }
 
-    pub fn batching(&self) -> Batching {
-        Batching { enabled: self.facts.batching.enabled, max_batch_size: self.facts.max_batch_size }
+    pub fn batching(&self) -> Batching<'_> {
+        Batching {
+            enabled: self.facts.batching.enabled,
+            max_batch_size: self.facts.max_batch_size,
+            ragged: self.facts.ragged.plan.as_deref(),
+        }
     }
 
     pub fn scheduler(&self) -> &Scheduler {
@@ -147,6 +154,8 @@ impl Facts {
             ("digest", self.digest.to_string()),
             ("batching", if self.batching.enabled { "on" } else { "off" }.to_string()),
             ("batching_reason", self.batching.reason.clone()),
+            ("ragged_batching", if self.ragged.plan.is_some() { "on" } else { "off" }.to_string()),
+            ("ragged_batching_reason", self.ragged.reason.clone()),
             ("threads", self.threads.to_string()),
         ]
     }

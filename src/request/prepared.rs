@@ -4,16 +4,18 @@ use std::time::Instant;
 
 use super::{InferRequest, NamedTensor, Permit, Priority};
 use crate::error::{Error, Result, quoted};
-use crate::tensor::{Shape, Signature, Tensor, TensorSpec, wire_shape};
+use crate::tensor::{Ragged, Shape, Signature, Tensor, TensorSpec, Uneven, bucket, wire_shape};
 
 /// How a version batches, as far as checking a request needs to know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Batching {
+pub struct Batching<'a> {
     /// All inputs and outputs share their leading dimension: it counts rows.
     pub enabled: bool,
     /// The most rows one request may carry, where that is declared; then every input has a leading dimension that is
     /// free, whether or not the version batches.
     pub max_batch_size: Option<usize>,
+    /// Where requests of different lengths may share a batch.
+    pub ragged: Option<&'a Ragged>,
 }
 
 /// A request checked against a signature. Nothing downstream checks again.
@@ -27,6 +29,8 @@ pub struct Prepared {
     pub rows: usize,
     /// Requests whose keys are equal may share a batch: see [`batch_key`].
     pub key: Box<[usize]>,
+    /// Of its sequences, where requests of different lengths may share a batch; otherwise 0.
+    pub length: usize,
     pub deadline: Option<Instant>,
     pub priority: Priority,
 }
@@ -37,7 +41,7 @@ impl Prepared {
         request: InferRequest,
         permit: &Permit,
         signature: &Signature,
-        batching: Batching,
+        batching: Batching<'_>,
     ) -> Result<Prepared> {
         let InferRequest { model, inputs, outputs, timeout, priority, .. } = request;
         let model = model.name;
@@ -47,10 +51,12 @@ impl Prepared {
         if let Some(max) = batching.max_batch_size.filter(|max| most() > *max) {
             return Err(Error::invalid(format!("inference request batch-size must be <= {max} for '{model}'")));
         }
+        let length = batching.ragged.map_or(Ok(0), |ragged| common_length(ragged, &inputs, signature, &model))?;
         Ok(Prepared {
             outputs: resolve_outputs(&outputs, signature, &model)?,
             rows,
-            key: if batching.enabled { batch_key(&inputs, signature) } else { Box::default() },
+            key: if batching.enabled { batch_key(&inputs, signature, batching.ragged, length) } else { Box::default() },
+            length,
             inputs,
             deadline: timeout.and_then(|timeout| permit.arrived().checked_add(timeout)),
             priority,
@@ -59,10 +65,12 @@ impl Prepared {
 }
 
 /// The extents of all free dimensions but the leading ones, after the rank where none is declared: `[2, 3]` beside `[4]`
-/// is not `[2]` beside `[3, 4]`. Empty for a model whose rows have a fixed shape.
-pub fn batch_key(inputs: &[Tensor], signature: &Signature) -> Box<[usize]> {
+/// is not `[2]` beside `[3, 4]`. Of axes along sequences only the bucket that their length falls into. Empty for a model
+/// whose rows have a fixed shape.
+pub fn batch_key(inputs: &[Tensor], signature: &Signature, ragged: Option<&Ragged>, length: usize) -> Box<[usize]> {
+    let sequence_axis = |position: usize| Some(ragged?.inputs.get(position)?.as_ref()?.axis);
     let mut key = Vec::new();
-    for (tensor, spec) in inputs.iter().zip(&signature.inputs) {
+    for (position, (tensor, spec)) in inputs.iter().zip(&signature.inputs).enumerate() {
         let dims = tensor.shape().dims();
         match &spec.dims {
             None => {
@@ -70,10 +78,13 @@ pub fn batch_key(inputs: &[Tensor], signature: &Signature) -> Box<[usize]> {
                 key.extend(dims.iter().skip(1));
             }
             Some(specs) => {
-                key.extend(dims.iter().zip(specs).skip(1).filter(|(_, dim)| dim.is_free()).map(|(extent, _)| extent));
+                let along = sequence_axis(position);
+                let free = |axis: &usize| specs[*axis].is_free() && along != Some(*axis);
+                key.extend((1..dims.len()).filter(free).map(|axis| dims[axis]));
             }
         }
     }
+    key.extend(ragged.map(|_| bucket(length)));
     key.into()
 }
 
@@ -151,6 +162,17 @@ fn common_rows(inputs: &[Tensor], signature: &Signature, model: &str) -> Result<
     }
 }
 
+fn common_length(ragged: &Ragged, inputs: &[Tensor], signature: &Signature, model: &str) -> Result<usize> {
+    ragged.length(inputs).map_err(|Uneven { first: (first, expected), other: (other, found) }| {
+        let name = |position: usize| &signature.inputs[position].name;
+        Error::invalid(format!(
+            "input '{}' has length {found} for model '{model}', but input '{}' has {expected}",
+            name(other),
+            name(first)
+        ))
+    })
+}
+
 fn resolve_outputs(names: &[String], signature: &Signature, model: &str) -> Result<Vec<usize>> {
     if names.is_empty() {
         return Ok((0..signature.outputs.len()).collect());
@@ -181,7 +203,7 @@ mod tests {
     use super::*;
     use crate::error::Kind;
     use crate::request::{Budget, BudgetConfig, ModelRef};
-    use crate::tensor::{DataType, Dim};
+    use crate::tensor::{DataType, Dim, SequenceAxis};
 
     fn spec(name: &str, dims: &[i64]) -> TensorSpec {
         let dims = dims.iter().map(|d| usize::try_from(*d).map_or(Dim::Free(None), Dim::Fixed)).collect::<Vec<_>>();
@@ -205,7 +227,7 @@ mod tests {
         inputs: Vec<(&str, Tensor)>,
         outputs: &[&str],
         signature: &Signature,
-        batching: Batching,
+        batching: Batching<'_>,
     ) -> Result<Prepared> {
         let permit = Budget::new(BudgetConfig::default()).admit(0, Instant::now()).unwrap();
         let request = InferRequest {
@@ -220,8 +242,8 @@ mod tests {
         Prepared::check(request, &permit, signature, batching)
     }
 
-    const BATCHED: Batching = Batching { enabled: true, max_batch_size: Some(4) };
-    const UNBATCHED: Batching = Batching { enabled: false, max_batch_size: None };
+    const BATCHED: Batching = Batching { enabled: true, max_batch_size: Some(4), ragged: None };
+    const UNBATCHED: Batching = Batching { enabled: false, max_batch_size: None, ragged: None };
 
     fn message(inputs: Vec<(&str, Tensor)>, signature: &Signature) -> String {
         let error = check_with(inputs, &[], signature, BATCHED).unwrap_err();
@@ -276,7 +298,7 @@ mod tests {
     #[test]
     fn a_declared_maximum_holds_where_nothing_is_batched_too() {
         let two = signature(&[("a", &[-1, 4]), ("b", &[-1, 2])]);
-        let limited = Batching { enabled: false, max_batch_size: Some(4) };
+        let limited = Batching { enabled: false, max_batch_size: Some(4), ragged: None };
         let of =
             |a: usize, b: usize| check_with(vec![("a", tensor(&[a, 4])), ("b", tensor(&[b, 2]))], &[], &two, limited);
         assert_eq!(of(4, 1).unwrap().rows, 1);
@@ -312,10 +334,30 @@ mod tests {
     }
 
     #[test]
+    fn lengths_of_one_bucket_share_a_key_and_must_agree_within_a_request() {
+        let signature = signature(&[("ids", &[-1, -1]), ("mask", &[-1, -1]), ("image", &[-1, -1])]);
+        let along = || Some(SequenceAxis { axis: 1, fill: [0; 4].into() });
+        let ragged = Ragged { inputs: vec![along(), along(), None], outputs: vec![vec![], vec![]] };
+        let batching = Batching { ragged: Some(&ragged), ..BATCHED };
+        let check = |ids: usize, mask: usize, image: usize| {
+            let sent = vec![("ids", tensor(&[1, ids])), ("mask", tensor(&[1, mask])), ("image", tensor(&[1, image]))];
+            check_with(sent, &[], &signature, batching)
+        };
+        let key = |length: usize, image: usize| check(length, length, image).unwrap().key;
+        assert_eq!((key(9, 5), check(9, 9, 5).unwrap().length), (key(12, 5), 9));
+        assert_ne!(key(12, 5), key(13, 5));
+        assert_ne!(key(12, 5), key(12, 6), "other free axes must be equal");
+        assert_eq!(
+            check(9, 7, 5).unwrap_err().message(),
+            "input 'mask' has length 7 for model 'm', but input 'ids' has 9"
+        );
+    }
+
+    #[test]
     fn inputs_of_undeclared_rank_share_a_batch_only_at_equal_ranks() {
         let mut undeclared = signature(&[("a", &[]), ("b", &[])]);
         undeclared.inputs.iter_mut().for_each(|spec| spec.dims = None);
-        let key = |a: &[usize], b: &[usize]| batch_key(&[tensor(a), tensor(b)], &undeclared);
+        let key = |a: &[usize], b: &[usize]| batch_key(&[tensor(a), tensor(b)], &undeclared, None, 0);
         assert_eq!(key(&[1, 2, 3], &[1, 4]), key(&[5, 2, 3], &[5, 4]));
         assert_ne!(key(&[1, 2, 3], &[1, 4]), key(&[1, 2], &[1, 3, 4]));
         assert_ne!(key(&[1, 2, 2], &[1]), key(&[1, 2], &[1, 2]));

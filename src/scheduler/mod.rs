@@ -32,7 +32,7 @@ use crate::error::{Error, Kind, Result};
 use crate::monitor::VersionMonitor;
 use crate::monitor::events::{QueueChanged, QueueRejected, VersionDemoted};
 use crate::request::{Permit, Prepared, Priority, Timings};
-use crate::tensor::Tensor;
+use crate::tensor::{Ragged, Tensor};
 use batcher::{Batcher, Entry, Readiness};
 
 pub use gate::Gate;
@@ -52,6 +52,8 @@ pub struct Config {
     pub threads: usize,
     /// Batch at all.
     pub batching: bool,
+    /// Where requests of different lengths share a batch.
+    pub ragged: Option<Arc<Ragged>>,
     /// Rows a batch is filled up to; at most what the model declares. A request of more rows runs alone.
     pub preferred_rows: usize,
     /// How long a request may wait for others to share its batch.
@@ -68,6 +70,7 @@ impl Default for Config {
             instances: 1,
             threads: 1,
             batching: true,
+            ragged: None,
             preferred_rows: DEFAULT_PREFERRED_ROWS,
             max_delay: Duration::ZERO,
             max_queue_requests: DEFAULT_MAX_QUEUE_REQUESTS,
@@ -152,6 +155,7 @@ struct Job {
     inputs: Vec<Tensor>,
     outputs: Vec<usize>,
     rows: usize,
+    length: usize,
     deadline: Option<Instant>,
     submitted: Instant,
     permit: Permit,
@@ -266,7 +270,7 @@ impl Shared {
         prepared: Prepared,
         permit: Permit,
     ) -> Result<(Waiting<'_>, oneshot::Receiver<Result<Answer>>)> {
-        let Prepared { inputs, outputs, rows, key, deadline, priority } = prepared;
+        let Prepared { inputs, outputs, rows, key, length, deadline, priority } = prepared;
         let bytes = inputs.iter().map(|input| input.data().len()).sum();
         let (reply, answer) = oneshot::channel();
         let mut state = lock(&self.state);
@@ -276,7 +280,7 @@ impl Shared {
             return Err(expired());
         }
         self.check_admits(&state, bytes)?;
-        let job = Job { inputs, outputs, rows, deadline, submitted: now, permit, reply };
+        let job = Job { inputs, outputs, rows, length, deadline, submitted: now, permit, reply };
         let ticket = state.batcher.push(Entry { key, priority, rows, bytes, arrived: now, item: job });
         self.emit_queue(&state);
         let call = self.summon(&mut state);

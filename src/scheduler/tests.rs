@@ -5,7 +5,7 @@ use super::*;
 use crate::backend::{Batch, LoadError, RunError};
 use crate::monitor::Monitor;
 use crate::request::{Budget, BudgetConfig, VersionId};
-use crate::tensor::{DataType, Dim, OutputKind, Shape, Signature, TensorSpec};
+use crate::tensor::{DataType, Dim, OutputKind, Ragged, SequenceAxis, Shape, Signature, TensorSpec};
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
@@ -125,8 +125,11 @@ impl Instance for ScriptedInstance {
             return Err(RunError::Failed("scripted failure".into()));
         }
         let lost = usize::from(values.len() > 1 && self.0.short_batches.load(Ordering::SeqCst));
-        let kept = &values[lost..];
-        let output = |factor: f32| tensor(&kept.iter().map(|value| value * factor).collect::<Vec<_>>());
+        let (rows, width) = (input.shape().dims()[0] - lost, input.shape().dims()[1]);
+        let output = |factor: f32| {
+            let kept = values[lost * width..].iter().map(|value| value * factor).collect();
+            Tensor::from_vec(Shape::new([rows, width]).unwrap(), kept).unwrap()
+        };
         let mut outputs = vec![output(2.0), output(0.5)];
         outputs.truncate(if self.0.missing_output.load(Ordering::SeqCst) { 1 } else { 2 });
         Ok(outputs)
@@ -167,6 +170,7 @@ impl Bench {
 
     fn prepared(values: &[f32]) -> Prepared {
         Prepared {
+            length: 0,
             inputs: vec![tensor(values)],
             outputs: vec![0],
             rows: values.len(),
@@ -320,6 +324,27 @@ async fn keys_never_mix_and_priority_goes_first() {
         done(submitted).await.unwrap();
     }
     assert_eq!(bench.script.runs()[1..], [vec![4.0, 2.0], vec![1.0, 3.0]]);
+}
+
+#[tokio::test]
+async fn requests_of_different_lengths_share_a_batch_and_get_their_own_back() {
+    let sequence = SequenceAxis { axis: 1, fill: 9f32.to_le_bytes().into() };
+    let ragged = Ragged { inputs: vec![Some(sequence)], outputs: vec![vec![1], vec![1]] };
+    let bench = Bench::new(Config { ragged: Some(Arc::new(ragged)), ..Bench::config() });
+    let first = bench.occupy();
+    let row = |values: &[f32]| {
+        let input = Tensor::from_vec(Shape::new([1, values.len()]).unwrap(), values.to_vec()).unwrap();
+        bench.send(Prepared { inputs: vec![input], rows: 1, length: values.len(), ..Bench::prepared(&[0.0]) })
+    };
+    let waiting = [row(&[1.0, 2.0, 3.0]), row(&[4.0, 5.0])];
+    bench.script.release();
+    done(first).await.unwrap();
+    for (submitted, expected) in waiting.into_iter().zip([&[2.0f32, 4.0, 6.0][..], &[8.0, 10.0]]) {
+        let answer = done(submitted).await.unwrap();
+        assert_eq!(answer.outputs[0].shape().dims(), [1, expected.len()]);
+        assert_eq!(answer.outputs[0].to_vec::<f32>().unwrap(), expected);
+    }
+    assert_eq!(bench.script.runs()[1..], [vec![1.0, 2.0, 3.0, 4.0, 5.0, 9.0]]);
 }
 
 #[tokio::test]

@@ -16,7 +16,7 @@ use crate::backend::{Batch, Instance, RunError, panic_text};
 use crate::error::{Error, Kind};
 use crate::monitor::events::BatchExecuted;
 use crate::request::Timings;
-use crate::tensor::Tensor;
+use crate::tensor::{Ragged, Tensor};
 
 /// What Linux keeps of a thread's name.
 const MAX_THREAD_NAME_BYTES: usize = 15;
@@ -39,7 +39,7 @@ struct Worker {
 enum Outcome {
     Answered,
     Failed(Vec<Job>, RunError),
-    /// The outputs cannot be told apart by rows.
+    /// The outputs cannot be told apart by rows, or by their lengths.
     NotByRows(Vec<Job>),
 }
 
@@ -276,9 +276,11 @@ impl Worker {
             return Outcome::Answered;
         }
         let (requests, rows) = (jobs.len(), jobs.iter().map(|job| job.rows).sum());
+        let positions = Positions::of(&jobs);
         let result = self.run_engine(&jobs);
         let ran = Instant::now();
-        let parts = result.map(|outputs| (split(&outputs, &jobs), outputs));
+        let ragged = self.shared.config.ragged.clone();
+        let parts = result.map(|outputs| (split(&outputs, &jobs, ragged.as_deref()), outputs));
         let split = ran.elapsed();
         let compute = ran - started;
         let failed = !matches!(parts, Ok((Some(_), _)));
@@ -286,15 +288,18 @@ impl Worker {
             Err(error) => Outcome::Failed(jobs, error),
             Ok((None, _)) => Outcome::NotByRows(jobs),
             Ok((Some(parts), outputs)) => {
+                // What shorter rows were filled up with is no prediction.
+                let observed = if positions.padding > 0 { by_job(&parts, jobs.len()) } else { vec![outputs] };
                 let timings = Timings { compute, split, batch_rows: rows, ..Timings::default() };
                 self.set_returning();
                 reply(jobs, parts, started, timings);
-                self.executed.push(outputs);
+                self.executed.extend(observed);
                 Outcome::Answered
             }
         };
         let version = &self.shared.monitor;
-        BatchExecuted { version, requests, rows, gather_and_compute: compute, split, failed }.emit();
+        let Positions { data, padding } = positions;
+        BatchExecuted { version, requests, rows, data, padding, gather_and_compute: compute, split, failed }.emit();
         outcome
     }
 
@@ -304,7 +309,8 @@ impl Worker {
             return Err(RunError::Failed("the version has no instance".into()));
         };
         let inputs: Vec<&[Tensor]> = jobs.iter().map(|job| job.inputs.as_slice()).collect();
-        let outputs = match catch_unwind(AssertUnwindSafe(|| instance.run(&Batch::new(&inputs)))) {
+        let batch = Batch::new(&inputs).padded(self.shared.config.ragged.as_deref());
+        let outputs = match catch_unwind(AssertUnwindSafe(|| instance.run(&batch))) {
             Ok(result) => {
                 self.instance = Some(instance);
                 result?
@@ -378,14 +384,46 @@ fn still_waiting(jobs: Vec<Job>, now: Instant) -> Vec<Job> {
     jobs.into_iter().filter_map(waits).collect()
 }
 
-/// `parts[o][j]`: output `o` of job `j`. `None` where several jobs cannot be told apart by rows. A lone job's outputs
-/// are its own, whatever their shapes.
-fn split(outputs: &[Tensor], jobs: &[Job]) -> Option<Vec<Vec<Tensor>>> {
+/// Positions along the sequences of a batch, summed over its rows; 0 where the version has no sequences.
+#[derive(Clone, Copy)]
+struct Positions {
+    /// As sent.
+    data: usize,
+    /// What shorter rows are filled up with.
+    padding: usize,
+}
+
+impl Positions {
+    fn of(jobs: &[Job]) -> Positions {
+        let longest = jobs.iter().map(|job| job.length).max().unwrap_or(0);
+        let sum = |each: &dyn Fn(&Job) -> usize| jobs.iter().map(each).fold(0, usize::saturating_add);
+        Positions {
+            data: sum(&|job| job.rows.saturating_mul(job.length)),
+            padding: sum(&|job| job.rows.saturating_mul(longest - job.length)),
+        }
+    }
+}
+
+/// `parts[o][j]`: output `o` of job `j`, as long as the job's own sequences. `None` where several jobs cannot be told
+/// apart. A lone job's outputs are its own, whatever their shapes.
+fn split(outputs: &[Tensor], jobs: &[Job], ragged: Option<&Ragged>) -> Option<Vec<Vec<Tensor>>> {
     if jobs.len() == 1 {
         return Some(outputs.iter().map(|output| vec![output.clone()]).collect());
     }
     let rows: Vec<usize> = jobs.iter().map(|job| job.rows).collect();
-    outputs.iter().map(|output| output.split_rows(&rows)).collect()
+    let cut = |(position, output): (usize, &Tensor)| {
+        let parts = output.split_rows(&rows)?;
+        match ragged {
+            None => Some(parts),
+            Some(ragged) => parts.iter().zip(jobs).map(|(part, job)| ragged.cut(position, part, job.length)).collect(),
+        }
+    };
+    outputs.iter().enumerate().map(cut).collect()
+}
+
+/// Each job's own outputs.
+fn by_job(parts: &[Vec<Tensor>], jobs: usize) -> Vec<Vec<Tensor>> {
+    (0..jobs).map(|job| parts.iter().map(|output| output[job].clone()).collect()).collect()
 }
 
 fn reply(jobs: Vec<Job>, parts: Vec<Vec<Tensor>>, started: Instant, timings: Timings) {

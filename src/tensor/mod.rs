@@ -11,6 +11,7 @@
 mod dtype;
 pub mod json;
 mod number;
+mod ragged;
 mod shape;
 mod signature;
 pub mod strings;
@@ -18,6 +19,7 @@ pub mod strings;
 mod tensor;
 
 pub use dtype::{DataType, Element};
+pub use ragged::{Ragged, SequenceAxis, Uneven, bucket};
 pub use shape::{MAX_RANK, Shape, ShapeError};
 pub use signature::{Dim, OutputKind, Signature, TensorSpec, wire_shape};
 pub use tensor::{Tensor, TensorError};

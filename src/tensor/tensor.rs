@@ -124,6 +124,32 @@ impl Tensor {
             .collect()
     }
 
+    /// The first `extent` positions along `axis`, sharing the buffer where they lie together. `None` where there are not
+    /// as many.
+    pub fn truncated(&self, axis: usize, extent: usize) -> Option<Tensor> {
+        let found = *self.shape.dims().get(axis).filter(|found| **found >= extent)?;
+        if found == extent {
+            return Some(self.clone());
+        }
+        let mut dims = self.shape.dims().to_vec();
+        let (outer, inner) = (dims[..axis].iter().product::<usize>(), dims[axis + 1..].iter().product::<usize>());
+        dims[axis] = extent;
+        let shape = Shape::new(dims).ok()?;
+        let Some(size) = self.dtype.size() else {
+            let kept = |(index, _): &(usize, &[u8])| index % (found * inner) < extent * inner;
+            let elements = self.strings().enumerate().filter(kept).map(|(_, element)| element);
+            return Tensor::from_strings(shape, elements).ok();
+        };
+        let (kept, step) = (extent * inner * size, found * inner * size);
+        let data = if outer == 1 {
+            self.data.slice(..kept)
+        } else {
+            let starts = (0..outer).map(|index| index * step);
+            starts.flat_map(|start| &self.data[start..start + kept]).copied().collect::<Vec<u8>>().into()
+        };
+        Some(Tensor { dtype: self.dtype, shape, data })
+    }
+
     /// Rows `start..start + count`, sharing the buffer. `None` where they are not all there.
     pub fn slice_rows(&self, start: usize, count: usize) -> Option<Tensor> {
         let after = self.rows()?.checked_sub(start.checked_add(count)?)?;

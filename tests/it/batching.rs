@@ -109,6 +109,51 @@ fn under_64_clients_requests_share_executions_and_answers_are_the_callers_own() 
 }
 
 #[test]
+fn requests_of_different_lengths_share_a_batch_and_each_answer_has_its_own_length() {
+    /// Of one bucket.
+    const LENGTHS: [usize; 4] = [9, 10, 11, 12];
+    let request = |length: usize| {
+        let ids: Vec<usize> = (0..length).map(|i| (7 * i + length) % 20).collect();
+        let input = |name: &str, data: Vec<usize>| json!({"name": name, "shape": [1, length], "datatype": "INT64", "data": data});
+        json!({"inputs": [input("input_ids", ids), input("attention_mask", vec![1; length])]})
+    };
+    let answer = |server: &TestServer, length: usize| {
+        let reply = server.infer("encoder", &request(length));
+        assert_eq!(reply.json()["outputs"][0]["shape"][1], json!(length), "{}", reply.text());
+        reply.output("last_hidden_state")
+    };
+    let models = Models::new().with("encoder");
+    for engine in engines() {
+        models.write("encoder/model.toml", "batching = false");
+        let server = TestServer::of(models.path()).set("engine", engine).start();
+        let alone = LENGTHS.map(|length| answer(&server, length));
+        drop(server);
+        // Nothing runs before all are there: they share one batch for certain.
+        models.write("encoder/model.toml", "[batching]\npreferred_rows = 4\nmax_delay = \"60s\"\n");
+        let server = TestServer::of(models.path()).set("engine", engine).start();
+        let properties = server.get("/v2/models/encoder").json()["properties"].clone();
+        assert_eq!(properties["ragged_batching"], "on", "{properties}");
+        let together: Vec<Vec<f64>> = thread::scope(|scope| {
+            let callers = LENGTHS.map(|length| {
+                let server = &server;
+                scope.spawn(move || answer(server, length))
+            });
+            callers.into_iter().map(|caller| caller.join().unwrap()).collect()
+        });
+        for (alone, together) in alone.iter().zip(&together) {
+            assert_eq!(alone.len(), together.len());
+            assert!(alone.iter().zip(together).all(|(a, b)| (a - b).abs() < 1e-4), "on {engine}");
+        }
+        let label = ["model=\"encoder\""];
+        let counted = |kind: &str| {
+            let kind = format!("kind=\"{kind}\"");
+            server.metrics().sum("tidegate_sequence_positions_total", &[label[0], &kind])
+        };
+        assert_eq!((counted("data"), counted("padding")), (42.0, 6.0), "on {engine}");
+    }
+}
+
+#[test]
 fn a_poison_request_fails_alone() {
     const REQUESTS: usize = 32;
     const POISON: usize = 17;
