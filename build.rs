@@ -20,6 +20,11 @@ fn onnx() -> Result<(), Box<dyn Error>> {
 fn open_inference() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto/open_inference.proto");
     let files = protox::compile(["proto/open_inference.proto"], ["proto"])?;
+    // What reflection shows, without the comments that the generated code carries.
+    let mut described = protox::Compiler::new(["proto"])?;
+    described.open_file("open_inference.proto")?;
+    let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
+    std::fs::write(out.join("open_inference.bin"), described.encode_file_descriptor_set())?;
     tonic_prost_build::configure()
         .bytes(".")
         .codec_path("crate::protocol::grpc::codec::CheckedCodec")

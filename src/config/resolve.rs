@@ -201,7 +201,11 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
                 body_timeout,
                 ..rest::Config::default()
             },
-            grpc_messages: grpc::Config { max_message_bytes: max_body, body_timeout },
+            grpc_messages: grpc::Config {
+                max_message_bytes: max_body,
+                body_timeout,
+                max_stream_requests: texts.count("limits.stream_requests"),
+            },
             registry: registry(texts, surroundings, drain_timeout),
         },
     }

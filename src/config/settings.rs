@@ -66,6 +66,11 @@ pub static SETTINGS: &[Setting] = &[
     file_only("limits.body", "64MiB", "one request body, or gRPC message, before and after decompression"),
     file_only("limits.json_header", "1MiB", "the JSON part of a request with binary tensors"),
     file_only("limits.streams", "256", "concurrent HTTP/2 streams per connection"),
+    file_only(
+        "limits.stream_requests",
+        "64",
+        "requests of one gRPC stream in the server at once; no more are read until one is answered",
+    ),
     file_only("timeouts.header", "10s", "how long a client may take to begin to speak, and to send a request's head"),
     file_only("timeouts.idle", "75s", "how long an HTTP/1 connection may be idle; longer than proxies keep theirs"),
     file_only(

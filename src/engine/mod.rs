@@ -103,6 +103,7 @@ impl Reply {
         // The inputs are gone: a slow reader of the answer keeps its place, but no bytes.
         permit.release_bytes();
         let specs = &version.signature().outputs;
+        let labels = self.wanted.iter().map(|position| version.facts().outputs.get(*position)?.labels.clone());
         let names = self.wanted.iter().map(|position| Arc::clone(&specs[*position].name));
         InferResponse {
             id: self.id,
@@ -110,6 +111,7 @@ impl Reply {
             model: Arc::clone(version.name()),
             version: version.id(),
             digest: Arc::clone(version.digest()),
+            labels: labels.collect(),
             outputs: names.zip(outputs).map(|(name, tensor)| NamedTensor { name, tensor }).collect(),
             timings: Timings { prepare: self.prepared.saturating_duration_since(trace.arrived()), ..timings },
             permit,

@@ -24,14 +24,13 @@ pub(super) const MAX_STRING_ELEMENTS: usize = 1 << 20;
 pub(super) const MAX_STRING_BYTES: usize = 16 << 20;
 
 /// Extensions that are not offered, by the parameters that ask for them.
-const NOT_OFFERED: [&str; 7] = [
+const NOT_OFFERED: [&str; 6] = [
     "sequence_id",
     "sequence_start",
     "sequence_end",
     "shared_memory_region",
     "shared_memory_byte_size",
     "shared_memory_offset",
-    "classification",
 ];
 
 /// Checks one parameter of `owner`. Those that would change the answer must not be ignored, unless they are switched

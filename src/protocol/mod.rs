@@ -3,10 +3,11 @@
 //! A protocol owns its own parsing, limits and texts; everything past that is one call of the engine, the same for
 //! all. Knows nothing of batching, scheduling or inference engines. Each protocol's crates stay in its own folder.
 
+mod classification;
 mod common;
 pub mod grpc;
 pub mod rest;
 pub mod status;
 
 /// What of the protocol's extensions is offered, and no more: clients choose calls by this list.
-pub const EXTENSIONS: &[&str] = &["binary_tensor_data", "parameters", "schedule_policy"];
+pub const EXTENSIONS: &[&str] = &["binary_tensor_data", "classification", "parameters", "schedule_policy"];

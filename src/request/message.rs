@@ -135,6 +135,8 @@ pub struct InferResponse {
     /// `sha256:<hex>` of the artifact that answered.
     pub digest: Arc<str>,
     pub outputs: Vec<NamedTensor>,
+    /// Names of the classes of each output, by index, where it has them.
+    pub labels: Vec<Option<Arc<[String]>>>,
     pub timings: Timings,
     /// The request's place in the server, held until the answer is written.
     pub permit: Permit,

@@ -32,15 +32,15 @@ use tonic_health::pb::health_client::HealthClient;
 
 use crate::support::{Models, PATIENCE, TestServer, without_onnxruntime};
 
-const SERVICE: &str = "inference.GRPCInferenceService";
+pub const SERVICE: &str = "inference.GRPCInferenceService";
 const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
 /// What makes a request gRPC.
-const GRPC: [(&str, &str); 2] = [("content-type", "application/grpc"), ("te", "trailers")];
+pub const GRPC: [(&str, &str); 2] = [("content-type", "application/grpc"), ("te", "trailers")];
 
 pub type Client = GrpcInferenceServiceClient<Channel>;
 
 /// A connection of its own.
-async fn channel(server: &TestServer) -> Channel {
+pub async fn channel(server: &TestServer) -> Channel {
     let endpoint = Endpoint::from_shared(format!("http://{}", server.addresses.grpc)).unwrap();
     endpoint.timeout(PATIENCE).connect().await.unwrap()
 }
@@ -71,7 +71,7 @@ pub fn parameter(choice: ParameterChoice) -> InferParameter {
     InferParameter { parameter_choice: Some(choice) }
 }
 
-fn echo_server(settings: &[(&'static str, &str)]) -> (Models, TestServer) {
+pub fn echo_server(settings: &[(&'static str, &str)]) -> (Models, TestServer) {
     let models = Models::new().with("identity_fp32");
     let builder = settings.iter().fold(TestServer::of(models.path()), |builder, (key, value)| builder.set(key, value));
     let server = builder.start();
@@ -138,7 +138,7 @@ pub struct Answer {
 
 impl Answer {
     /// gRPC's verdict, from the trailers or, where there is no body, the headers.
-    fn status(&self) -> Status {
+    pub fn status(&self) -> Status {
         let found = Status::from_header_map(&self.trailers).or_else(|| Status::from_header_map(&self.headers));
         found.expect("a gRPC status")
     }
@@ -169,7 +169,7 @@ impl Http2 {
     }
 
     /// The head of an answer, its body unread.
-    async fn begin(
+    pub async fn begin(
         &mut self,
         method: &str,
         path: &str,
@@ -193,7 +193,7 @@ impl Http2 {
     }
 }
 
-fn framed(flag: u8, message: &[u8]) -> Bytes {
+pub fn framed(flag: u8, message: &[u8]) -> Bytes {
     let length = u32::try_from(message.len()).unwrap().to_be_bytes();
     [&[flag][..], &length, message].concat().into()
 }
@@ -367,7 +367,7 @@ async fn only_grpc_to_a_known_service_is_served() {
         assert_eq!(answer.http, expected, "{method} {content_type}");
     }
     for path in [
-        &*format!("/{SERVICE}/ModelStreamInfer"),
+        &*format!("/{SERVICE}/LogSettings"),
         &*format!("/{SERVICE}/"),
         "/other.Service/M",
         "/grpc.health.v1.Health/List",

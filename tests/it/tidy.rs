@@ -34,6 +34,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("tonic", &["protocol/grpc"]),
     ("tonic_health", &["protocol/grpc"]),
     ("tonic_prost", &["protocol/grpc"]),
+    ("tonic_reflection", &["protocol/grpc"]),
+    ("futures_util", &["protocol/grpc/stream"]),
     ("axum", &["protocol", "server"]),
     ("hyper", &["server"]),
     ("hyper_util", &["server"]),

@@ -14,6 +14,7 @@ use tonic_prost::ProstEncoder;
 use super::{proto, status_of};
 use crate::error::{Error, Result};
 use crate::protocol::common::{MAX_INPUTS, MAX_OUTPUTS, MAX_PARAMETERS, MAX_STRING_ELEMENTS, too_many};
+use crate::request::MAX_NAME_BYTES;
 use crate::tensor::MAX_RANK;
 
 /// Tensor bytes that typed contents may always decode to. Beyond them a message may no more than double, so that
@@ -40,11 +41,17 @@ impl<T: prost::Message + 'static, U: Wire> Codec for CheckedCodec<T, U> {
     }
 
     fn decoder(&mut self) -> Self::Decoder {
-        CheckedDecoder(PhantomData)
+        CheckedDecoder::default()
     }
 }
 
 pub struct CheckedDecoder<U>(PhantomData<fn() -> U>);
+
+impl<U> Default for CheckedDecoder<U> {
+    fn default() -> Self {
+        CheckedDecoder(PhantomData)
+    }
+}
 
 impl<U: Wire> Decoder for CheckedDecoder<U> {
     type Item = U;
@@ -116,9 +123,19 @@ unchecked!(
     ModelMetadataRequest,
     ModelMetadataResponse,
     ModelInferResponse,
+    ModelStreamInferResponse,
     RepositoryIndexRequest,
     RepositoryIndexResponse,
 );
+
+/// The id of a request whose encoded form begins so: it stands before the inputs. Empty where it cannot be read.
+pub(super) fn id(beginning: &[u8]) -> String {
+    let ids = Fields(beginning).map_while(Result::ok).filter_map(|field| match field {
+        (3, Value::Bytes(id)) => Some(String::from_utf8_lossy(id).into_owned()),
+        _ => None,
+    });
+    ids.last().filter(|id| id.len() <= MAX_NAME_BYTES).unwrap_or_default()
+}
 
 /// Summed over the inputs of a request.
 #[derive(Default)]
@@ -341,6 +358,23 @@ mod tests {
         for encoded in cases {
             assert_eq!(ModelInferRequest::check(encoded).unwrap_err().kind(), Kind::InvalidInput, "{encoded:?}");
         }
+    }
+
+    #[test]
+    fn ids_are_read_from_a_messages_beginning() {
+        let with_id = |id: &str| ModelInferRequest {
+            model_name: "m".into(),
+            id: id.into(),
+            raw_input_contents: vec![vec![7; 1000].into()],
+            ..Default::default()
+        };
+        let encoded = with_id("7").encode_to_vec();
+        for length in [6, 7, 100, encoded.len()] {
+            assert_eq!(id(&encoded[..length]), "7", "{length}");
+        }
+        assert_eq!(id(&encoded[..5]), "");
+        assert_eq!(id(&with_id(&"n".repeat(257)).encode_to_vec()), "");
+        assert_eq!(id(b"\x1f\x8b not protobuf"), "");
     }
 
     proptest! {

@@ -10,7 +10,9 @@ use super::proto::infer_parameter::ParameterChoice;
 use super::proto::model_infer_request::InferRequestedOutputTensor;
 use super::proto::model_infer_response::InferOutputTensor;
 use super::proto::{InferParameter, ModelInferRequest, ModelInferResponse};
+use crate::engine::Trace;
 use crate::error::{Error, Result, quoted};
+use crate::protocol::classification::Classes;
 use crate::protocol::common::{check_length, check_parameter};
 use crate::request::{InferRequest, InferResponse, ModelRef, NamedTensor, Permit, Priority, VersionId};
 
@@ -72,8 +74,48 @@ fn output(NamedTensor { name, tensor }: NamedTensor) -> (InferOutputTensor, Byte
     (description, tensor.data().clone())
 }
 
+/// What is said of a request that is refused on a stream, beside the error: whose it is, and who would have answered.
+pub(super) fn refused(id: String, trace: &Trace) -> ModelInferResponse {
+    let mut parameters = vec![("prediction_id", trace.prediction().to_string())];
+    let mut response = ModelInferResponse { id, ..ModelInferResponse::default() };
+    if let Some((version, digest)) = trace.chosen() {
+        response.model_version = version.to_string();
+        parameters.push(("model_digest", digest.to_string()));
+    }
+    let parameters = parameters.into_iter().map(|(name, value)| (name.to_string(), string_parameter(value)));
+    response.parameters = parameters.collect();
+    response
+}
+
+/// Whether a request on a stream wants to be told which answer is its last.
+pub(super) fn wants_final_mark(parameters: &Parameters) -> Result<bool> {
+    const NAME: &str = "triton_enable_empty_final_response";
+    match parameters.get(NAME).and_then(|parameter| parameter.parameter_choice.as_ref()) {
+        None => Ok(false),
+        Some(ParameterChoice::BoolParam(wanted)) => Ok(*wanted),
+        Some(_) => Err(Error::invalid(format!("parameter `{NAME}` is no bool, expected one"))),
+    }
+}
+
+/// Every request has one answer, so that none is followed by an empty last one.
+pub(super) fn mark_final(response: &mut ModelInferResponse) {
+    let mark = InferParameter { parameter_choice: Some(ParameterChoice::BoolParam(true)) };
+    response.parameters.insert("triton_final_response".to_string(), mark);
+}
+
 fn string_parameter(value: String) -> InferParameter {
     InferParameter { parameter_choice: Some(ParameterChoice::StringParam(value)) }
+}
+
+/// Which outputs are to be answered by their best classes.
+pub(super) fn classes(outputs: &[InferRequestedOutputTensor]) -> Result<Classes> {
+    let mut classes = Classes::default();
+    for output in outputs {
+        if let Some(count) = whole(&output.parameters, "classification")? {
+            classes.ask(&output.name, count)?;
+        }
+    }
+    Ok(classes)
 }
 
 fn requested(output: InferRequestedOutputTensor) -> Result<String> {
@@ -133,7 +175,7 @@ mod tests {
         ModelInferRequest { model_name: "m".into(), inputs, raw_input_contents: raw, ..Default::default() }
     }
 
-    fn refused(message: ModelInferRequest) -> String {
+    fn reason(message: ModelInferRequest) -> String {
         request(message).unwrap_err().message().to_string()
     }
 
@@ -197,19 +239,18 @@ mod tests {
         assert_eq!(kind("binary_data_output", ParameterChoice::BoolParam(true)), Ok(()));
         assert_eq!(kind("anything", ParameterChoice::DoubleParam(f64::NAN)), Ok(()));
 
-        let classes = InferParameter { parameter_choice: Some(ParameterChoice::Int64Param(3)) };
+        let three = InferParameter { parameter_choice: Some(ParameterChoice::Int64Param(3)) };
         let region = InferParameter { parameter_choice: Some(ParameterChoice::StringParam("r".into())) };
         let output = |name: &str, parameter: &InferParameter| {
             let parameters = Parameters::from([(name.to_string(), parameter.clone())]);
             let outputs = vec![InferRequestedOutputTensor { name: "y".into(), parameters }];
             ModelInferRequest { outputs, ..infer(vec![], vec![]) }
         };
-        assert_eq!(
-            refused(output("classification", &classes)),
-            "parameter `classification` of output 'y' is not supported"
-        );
-        assert!(refused(output("shared_memory_region", &region)).contains("`shared_memory_region`"));
-        assert!(request(output("binary_data", &classes)).is_ok());
+        let classified = |parameter| classes(&output("classification", parameter).outputs).map(|_| ());
+        assert_eq!(classified(&three), Ok(()));
+        assert_eq!(classified(&region).unwrap_err().kind(), Kind::InvalidInput);
+        assert!(reason(output("shared_memory_region", &region)).contains("`shared_memory_region`"));
+        assert!(request(output("binary_data", &three)).is_ok());
         let mut shared = input("FP32", &[1]);
         shared.parameters = Parameters::from([("shared_memory_region".into(), region)]);
         assert_eq!(request(infer(vec![shared], vec![])).unwrap_err().kind(), Kind::Unsupported);
@@ -236,6 +277,7 @@ mod tests {
             version: VersionId::new(3).unwrap(),
             digest: "sha256:ab".into(),
             outputs: vec![NamedTensor { name: "y".into(), tensor: tensor.clone() }],
+            labels: vec![None],
             timings: Timings::default(),
             permit: budget.admit(0, Instant::now()).unwrap(),
         });

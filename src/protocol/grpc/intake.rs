@@ -1,5 +1,5 @@
-//! The way in and out: follows a unary call's body while tonic reads it, so that limits, deadlines and the permit hold
-//! from the first byte, and holds the permit until the answer's last.
+//! The way in and out: follows one message while tonic reads it, a unary call's whole body or one of a stream's, so that
+//! limits, deadlines and the permit hold from the first byte; and holds a unary call's permit until the answer's last.
 //!
 //! tonic inflates, decodes and encodes wherever it is polled. The last bytes of a long message are therefore held back
 //! until [`Intake::follow`] polls the call where that may take its time: with the thread's other tasks handed over, and
@@ -29,12 +29,12 @@ pub(super) const PREFIX: usize = 5;
 
 /// Bytes of a message, or of an answer's tensors, that are worth handing the thread's other tasks over for: as on REST,
 /// about 500 µs of work where it is compressed or in typed contents.
-const LONG: usize = 128 << 10;
+pub(super) const LONG: usize = 128 << 10;
 
 /// Long messages decoded or encoded at once, each on a thread of its own.
 pub(super) const MAX_PLACES: usize = 16;
 
-/// What one call's body, its method and its answer share. Travels in the request's extensions.
+/// What one message, its method and its answer share. Of a unary call it travels in the request's extensions.
 #[derive(Clone, Default)]
 pub(super) struct Intake(Arc<Mutex<State>>);
 
@@ -130,6 +130,11 @@ impl Intake {
         }
     }
 
+    /// Gives on what is held back, where it is not worth a place. False: nothing is.
+    pub(super) fn let_go(&self) -> bool {
+        std::mem::take(&mut self.state().held_back)
+    }
+
     pub(super) fn end(&self) -> Ending {
         let mut state = self.state();
         let (permit, refused) = (state.permit.take(), state.refused.take());
@@ -157,7 +162,7 @@ impl Intake {
 }
 
 /// Runs what takes long while other threads poll this one's tasks, where there are others.
-fn at_length<T>(work: impl FnOnce() -> T) -> T {
+pub(super) fn at_length<T>(work: impl FnOnce() -> T) -> T {
     match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
         _ => work(),
@@ -235,8 +240,8 @@ impl<B: Body<Data = Bytes>> Body for Inward<B> {
     }
 }
 
-/// Follows the one message of a unary call through chunks of any size. Buffers nothing.
-#[derive(Debug)]
+/// Follows one message through chunks of any size. Buffers nothing.
+#[derive(Clone, Debug)]
 pub(super) struct Framing {
     prefix: [u8; PREFIX],
     filled: usize,
@@ -311,7 +316,8 @@ pub(super) fn too_long(found: usize, limit: usize) -> Error {
     Error::too_large(format!("message of {found} bytes, expected at most {limit}"))
 }
 
-type Waiting = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
+/// For a place to encode a long answer in.
+pub(super) type Waiting = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
 
 /// An answer's body. It and its pieces hold the request's place until the last byte is written.
 pub(super) struct Outward {

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use http::HeaderMap;
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use tonic::codec::CompressionEncoding;
 
 use crate::error::{Error, Kind, Result, quoted};
+use crate::protocol::common::expired;
 
 const TIMEOUT: &str = "grpc-timeout";
 const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
@@ -15,7 +17,11 @@ const ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encodin
 const TIMEOUT_DIGITS: usize = 8;
 
 /// Encodings understood in both directions. `deflate` is zlib's format, as for HTTP.
-const ENCODINGS: [&str; 2] = ["gzip", "deflate"];
+const ENCODINGS: [(&str, CompressionEncoding); 2] =
+    [("gzip", CompressionEncoding::Gzip), ("deflate", CompressionEncoding::Deflate)];
+
+/// Of a stream: `true` asks for the first error as the call's status.
+const ERRORS_END_STREAM: &str = "triton_grpc_error";
 
 /// Whether the body is gRPC with protobuf messages, as `application/grpc` alone means too.
 pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
@@ -24,8 +30,32 @@ pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     media.eq_ignore_ascii_case("application/grpc") || media.eq_ignore_ascii_case("application/grpc+proto")
 }
 
+/// On what terms a call is made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Terms {
+    /// How its messages may be compressed.
+    pub encoding: Option<CompressionEncoding>,
+    /// How long the caller waits, not zero.
+    pub timeout: Option<Duration>,
+    /// Whether the first error on a stream is to be the call's status, and its end.
+    pub errors_end_stream: bool,
+}
+
+impl Terms {
+    pub(super) fn read(headers: &mut HeaderMap) -> Result<Terms> {
+        let encoding = negotiate(headers)?;
+        let timeout = timeout(headers)?;
+        if timeout.is_some_and(|timeout| timeout.is_zero()) {
+            return Err(expired());
+        }
+        let asked = headers.get(ERRORS_END_STREAM);
+        let errors_end_stream = asked.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"));
+        Ok(Terms { encoding, timeout, errors_end_stream })
+    }
+}
+
 /// How long the caller waits: `grpc-timeout`, at most eight digits and a unit, read strictly.
-pub(super) fn timeout(headers: &HeaderMap) -> Result<Option<Duration>> {
+fn timeout(headers: &HeaderMap) -> Result<Option<Duration>> {
     let Some(value) = headers.get(TIMEOUT) else { return Ok(None) };
     let text = String::from_utf8_lossy(value.as_bytes());
     let timeout = parse_timeout(&text).ok_or_else(|| {
@@ -62,12 +92,12 @@ pub(super) fn declared_bytes(headers: &HeaderMap) -> usize {
     value.and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
-/// Whether the message may be compressed. Rewrites what the client accepts to the encoding it used itself, so that an
+/// How messages may be compressed. Rewrites what the client accepts to the encoding it used itself, so that an
 /// answer is compressed only for clients that compress: every Python client accepts compression, few want to pay for it.
-pub(super) fn negotiate(headers: &mut HeaderMap) -> Result<bool> {
+fn negotiate(headers: &mut HeaderMap) -> Result<Option<CompressionEncoding>> {
     let used = match headers.get(ENCODING).map(HeaderValue::as_bytes) {
         None | Some(b"identity") => None,
-        Some(name) => Some(ENCODINGS.into_iter().find(|known| known.as_bytes() == name).ok_or_else(|| {
+        Some(name) => Some(ENCODINGS.into_iter().find(|(known, _)| known.as_bytes() == name).ok_or_else(|| {
             let name = quoted(&String::from_utf8_lossy(name));
             Error::new(
                 Kind::UnsupportedMedia,
@@ -77,16 +107,18 @@ pub(super) fn negotiate(headers: &mut HeaderMap) -> Result<bool> {
     };
     let accepted = headers.remove(ACCEPT_ENCODING);
     let accepted = accepted.as_ref().and_then(|value| value.to_str().ok()).unwrap_or_default();
-    if let Some(used) = used
+    if let Some((used, _)) = used
         && accepted.split(',').any(|name| name.trim() == used)
     {
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static(used));
     }
-    Ok(used.is_some())
+    Ok(used.map(|(_, encoding)| encoding))
 }
 
 #[cfg(test)]
 mod tests {
+    use tonic::codec::CompressionEncoding::{Deflate, Gzip};
+
     use super::*;
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
@@ -121,12 +153,22 @@ mod tests {
             Ok((encoded, headers.get(ACCEPT_ENCODING).map(|value| value.to_str().unwrap().to_string())))
         };
         let python = ("grpc-accept-encoding", "identity, deflate, gzip");
-        assert_eq!(negotiated(&[python]), Ok((false, None)));
-        assert_eq!(negotiated(&[python, ("grpc-encoding", "identity")]), Ok((false, None)));
-        assert_eq!(negotiated(&[python, ("grpc-encoding", "gzip")]), Ok((true, Some("gzip".into()))));
-        assert_eq!(negotiated(&[python, ("grpc-encoding", "deflate")]), Ok((true, Some("deflate".into()))));
-        assert_eq!(negotiated(&[("grpc-encoding", "gzip")]), Ok((true, None)));
+        assert_eq!(negotiated(&[python]), Ok((None, None)));
+        assert_eq!(negotiated(&[python, ("grpc-encoding", "identity")]), Ok((None, None)));
+        assert_eq!(negotiated(&[python, ("grpc-encoding", "gzip")]), Ok((Some(Gzip), Some("gzip".into()))));
+        assert_eq!(negotiated(&[python, ("grpc-encoding", "deflate")]), Ok((Some(Deflate), Some("deflate".into()))));
+        assert_eq!(negotiated(&[("grpc-encoding", "gzip")]), Ok((Some(Gzip), None)));
         assert_eq!(negotiated(&[("grpc-encoding", "br")]), Err(Kind::UnsupportedMedia));
+    }
+
+    #[test]
+    fn a_stream_ends_with_its_first_error_where_that_is_asked_for() {
+        for (value, expected) in [("true", true), ("True", true), ("false", false), ("1", false)] {
+            let terms = Terms::read(&mut headers(&[("triton_grpc_error", value)])).unwrap();
+            assert_eq!(terms.errors_end_stream, expected, "{value}");
+        }
+        let none = Terms { encoding: None, timeout: None, errors_end_stream: false };
+        assert_eq!(Terms::read(&mut HeaderMap::new()), Ok(none));
     }
 
     #[test]

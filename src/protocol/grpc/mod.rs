@@ -1,7 +1,8 @@
-//! The Open Inference Protocol over gRPC, and `grpc.health.v1`.
+//! The Open Inference Protocol over gRPC, `grpc.health.v1` and reflection.
 //!
 //! [`Grpc`] is the whole port: it takes every call, admits it, watches its body, hands it to tonic, and gives tonic's
-//! own refusals the status of our table. Owns the wire only: what a call means is the engine's business. Runs on the
+//! own refusals the status of our table. `intake` follows one message, a unary call's or one of a stream's; `stream` is
+//! about streams alone. Owns the wire only: what a call means is the engine's business. Runs on the
 //! I/O runtime; where a long message is decoded or encoded, its thread's other tasks are handed over.
 //!
 //! Invariants: a permit is taken before an infer request's body is read and held until its answer is written; no
@@ -13,7 +14,9 @@ mod health;
 mod inputs;
 mod intake;
 mod metadata;
+mod reflection;
 mod service;
+mod stream;
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -33,13 +36,16 @@ use tower::Service;
 
 use crate::engine::{Engine, Trace};
 use crate::error::{Error, Kind, Result, quoted};
-use crate::protocol::common::{self, expired};
+use crate::protocol::common;
 use crate::protocol::status;
 use crate::request::{Origin, Protocol};
 use health::HealthService;
 use intake::{Framing, Intake, Inward, MAX_PLACES, Outward, PREFIX, too_long};
+use metadata::Terms;
 use proto::grpc_inference_service_server::{GrpcInferenceServiceServer, SERVICE_NAME as SERVICE};
+use reflection::Reflection;
 use service::InferenceService;
+use stream::{Answers, MAX_STREAMS, Messages, Outlet};
 
 /// The generated messages, server and client of package `inference`.
 #[allow(clippy::all, missing_docs, reason = "generated")]
@@ -58,11 +64,17 @@ pub struct Config {
     pub max_message_bytes: usize,
     /// How long a client may take to send its message.
     pub body_timeout: Duration,
+    /// Requests of one stream in the server at once. No more of them are read until one is answered.
+    pub max_stream_requests: usize,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Config { max_message_bytes: 64 << 20, body_timeout: Duration::from_secs(30) }
+        Config {
+            max_message_bytes: 64 << 20,
+            body_timeout: Duration::from_secs(30),
+            max_stream_requests: stream::DEFAULT_MAX_STREAM_REQUESTS,
+        }
     }
 }
 
@@ -73,8 +85,11 @@ struct Grpc {
     config: Config,
     inference: Arc<InferenceService>,
     health: Arc<HealthService>,
+    reflection: Result<Arc<Reflection>>,
     /// For decoding and encoding long messages.
     places: Arc<Semaphore>,
+    /// For open streams.
+    streams: Arc<Semaphore>,
 }
 
 /// All that is served on the gRPC port, for a listener that speaks HTTP/2.
@@ -84,10 +99,13 @@ pub fn routes(engine: Arc<Engine>, config: Config) -> axum::Router {
 }
 
 fn service(engine: Arc<Engine>, config: Config) -> Grpc {
+    let places = Arc::new(Semaphore::new(MAX_PLACES));
     Grpc {
-        inference: Arc::new(InferenceService::new(Arc::clone(&engine))),
+        inference: Arc::new(InferenceService::new(Arc::clone(&engine), Arc::clone(&places))),
         health: Arc::new(HealthService::new(Arc::clone(&engine))),
-        places: Arc::new(Semaphore::new(MAX_PLACES)),
+        reflection: Reflection::new(Arc::clone(&engine), config.body_timeout).map(Arc::new),
+        places,
+        streams: Arc::new(Semaphore::new(MAX_STREAMS)),
         engine,
         config,
     }
@@ -113,6 +131,15 @@ where
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Call {
+    Unary(Unary),
+    /// Many infer requests.
+    Stream,
+    Reflection,
+}
+
+/// Calls of one message; a health watch's answers are many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unary {
     Infer,
     /// About the server or a model; also methods that the service does not have.
     Query,
@@ -122,9 +149,11 @@ enum Call {
 impl Call {
     fn of(path: &str) -> Option<Call> {
         match path.strip_prefix('/')?.split_once('/')? {
-            (SERVICE, "ModelInfer") => Some(Call::Infer),
-            (SERVICE, _) => Some(Call::Query),
-            (HEALTH_SERVICE, _) => Some(Call::Health),
+            (SERVICE, "ModelInfer") => Some(Call::Unary(Unary::Infer)),
+            (SERVICE, "ModelStreamInfer") => Some(Call::Stream),
+            (SERVICE, _) => Some(Call::Unary(Unary::Query)),
+            (HEALTH_SERVICE, _) => Some(Call::Unary(Unary::Health)),
+            (service, _) if reflection::SERVICES.contains(&service) => Some(Call::Reflection),
             _ => None,
         }
     }
@@ -145,8 +174,20 @@ impl Grpc {
             let path = quoted(request.uri().path());
             return status_of(&Error::new(Kind::Unsupported, format!("unknown service in '{path}'"))).into_http();
         };
+        let outcome = match call {
+            Call::Unary(call) => return self.unary(call, request).await,
+            Call::Stream => self.stream(request).await,
+            Call::Reflection => self.reflect(request).await,
+        };
+        outcome.unwrap_or_else(|error| status_of(&error).into_http())
+    }
+
+    async fn unary<B>(&self, call: Unary, request: http::Request<B>) -> http::Response<Body>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+    {
         // Only infer requests are counted: metadata and health are asked for all day long.
-        let trace = (call == Call::Infer).then(|| Arc::new(self.engine.begin(ORIGIN)));
+        let trace = (call == Unary::Infer).then(|| Arc::new(self.engine.begin(ORIGIN)));
         let outcome = self.serve(call, trace.clone(), request).await;
         if let Some(trace) = &trace {
             trace.finish(outcome.as_ref().err());
@@ -158,9 +199,37 @@ impl Grpc {
         response
     }
 
+    /// Opens a stream; each of its messages is admitted, followed and recorded as a unary call's is.
+    async fn stream<B>(&self, request: http::Request<B>) -> Result<http::Response<Body>>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+    {
+        let (mut parts, body) = request.into_parts();
+        let terms = Terms::read(&mut parts.headers)?;
+        let open = Arc::clone(&self.streams).try_acquire_owned().map_err(|_| {
+            Error::new(Kind::RateLimited, format!("more than {MAX_STREAMS} streams of requests are open"))
+        })?;
+        let outlet = Outlet::default();
+        let (config, places) = (self.config.clone(), &self.places);
+        Answers::new(&self.engine, Messages::new(body), terms, config, places, outlet.clone())
+            .hand_over(&mut parts.extensions);
+        let call = self.inference(self.config.max_message_bytes).call(http::Request::from_parts(parts, Body::empty()));
+        let Ok(response) = call.await;
+        Ok(response.map(|inner| Body::new(stream::Outward::new(inner, outlet, Arc::clone(places), open))))
+    }
+
+    async fn reflect<B>(&self, mut request: http::Request<B>) -> Result<http::Response<Body>>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+    {
+        let reflection = self.reflection.as_ref().map_err(Error::clone)?;
+        let terms = Terms::read(request.headers_mut())?;
+        reflection.answer(terms, request).await
+    }
+
     async fn serve<B>(
         &self,
-        call: Call,
+        call: Unary,
         trace: Option<Arc<Trace>>,
         mut request: http::Request<B>,
     ) -> Result<http::Response<Body>>
@@ -186,30 +255,26 @@ impl Grpc {
     /// Reads the headers and admits the call, before a byte of its body is read.
     fn open<B>(
         &self,
-        call: Call,
+        call: Unary,
         trace: Option<Arc<Trace>>,
         request: &mut http::Request<B>,
     ) -> Result<(Intake, Framing)> {
         let limit = self.limit(call);
         let headers = request.headers_mut();
         let declared = metadata::declared_bytes(headers);
-        let encoded = metadata::negotiate(headers)?;
-        let timeout = metadata::timeout(headers)?;
-        if timeout.is_some_and(|timeout| timeout.is_zero()) {
-            return Err(expired());
-        }
+        let terms = Terms::read(headers)?;
         if let Some(length) = declared.checked_sub(PREFIX).filter(|length| *length > limit) {
             return Err(too_long(length, limit));
         }
         let permit = trace.as_ref().map(|trace| self.engine.admit(trace, declared)).transpose()?;
-        let intake = Intake::new(trace, permit, timeout);
+        let intake = Intake::new(trace, permit, terms.timeout);
         request.extensions_mut().insert(intake.clone());
-        Ok((intake, Framing::new(limit, encoded)))
+        Ok((intake, Framing::new(limit, terms.encoding.is_some())))
     }
 
     async fn hand_over<B>(
         &self,
-        call: Call,
+        call: Unary,
         intake: &Intake,
         request: http::Request<Inward<B>>,
     ) -> Result<http::Response<Body>>
@@ -218,17 +283,11 @@ impl Grpc {
     {
         let limit = self.limit(call);
         let Ok(response) = match call {
-            Call::Infer | Call::Query => {
-                let call = GrpcInferenceServiceServer::from_arc(Arc::clone(&self.inference))
-                    .accept_compressed(Gzip)
-                    .accept_compressed(Deflate)
-                    .send_compressed(Gzip)
-                    .send_compressed(Deflate)
-                    .max_decoding_message_size(limit)
-                    .call(request);
+            Unary::Infer | Unary::Query => {
+                let call = self.inference(limit).call(request);
                 intake.follow(call, &self.places).await?
             }
-            Call::Health => {
+            Unary::Health => {
                 let call = HealthServer::from_arc(Arc::clone(&self.health))
                     .accept_compressed(Gzip)
                     .accept_compressed(Deflate)
@@ -240,8 +299,17 @@ impl Grpc {
         Ok(response)
     }
 
-    fn limit(&self, call: Call) -> usize {
-        if call == Call::Infer {
+    fn inference(&self, limit: usize) -> GrpcInferenceServiceServer<InferenceService> {
+        GrpcInferenceServiceServer::from_arc(Arc::clone(&self.inference))
+            .accept_compressed(Gzip)
+            .accept_compressed(Deflate)
+            .send_compressed(Gzip)
+            .send_compressed(Deflate)
+            .max_decoding_message_size(limit)
+    }
+
+    fn limit(&self, call: Unary) -> usize {
+        if call == Unary::Infer {
             self.config.max_message_bytes
         } else {
             MAX_QUERY_BYTES.min(self.config.max_message_bytes)

@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::Semaphore;
 use tonic::metadata::MetadataValue;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
-use super::intake::{Admitted, Intake, grow_to};
+use super::intake::{Admitted, Intake, LONG, at_length, grow_to};
 use super::proto::grpc_inference_service_server::GrpcInferenceService;
 use super::proto::{self, model_metadata_response::TensorMetadata, repository_index_response::ModelIndex};
+use super::stream::Answers;
 use super::{convert, status_of};
 use crate::engine::{Engine, ModelInfo};
 use crate::error::{Error, Kind, Result};
@@ -19,11 +21,13 @@ use crate::tensor::TensorSpec;
 
 pub(super) struct InferenceService {
     engine: Arc<Engine>,
+    places: Arc<Semaphore>,
 }
 
 impl InferenceService {
-    pub(super) fn new(engine: Arc<Engine>) -> Self {
-        InferenceService { engine }
+    /// Long answers are classified in one of the `places`.
+    pub(super) fn new(engine: Arc<Engine>, places: Arc<Semaphore>) -> Self {
+        InferenceService { engine, places }
     }
 
     async fn infer(
@@ -31,15 +35,32 @@ impl InferenceService {
         intake: &Intake,
         message: proto::ModelInferRequest,
     ) -> Result<Response<proto::ModelInferResponse>> {
-        let Admitted { trace, mut permit, timeout } = intake.take()?;
-        let mut request = convert::request(message)?;
-        request.timeout = sooner(request.timeout, timeout);
-        // What a compressed message or typed contents have grown to.
-        let bytes = request.inputs.iter().map(|input| input.tensor.data().len()).sum();
-        grow_to(&mut permit, bytes)?;
-        let response = self.engine.infer(&trace, request, permit).await?;
+        let response = infer(&self.engine, &self.places, intake.take()?, message).await?;
         Ok(answer(intake, response))
     }
+}
+
+/// From a decoded message to what answers it, on a call of its own or on a stream.
+pub(super) async fn infer(
+    engine: &Engine,
+    places: &Semaphore,
+    admitted: Admitted,
+    message: proto::ModelInferRequest,
+) -> Result<InferResponse> {
+    let Admitted { trace, mut permit, timeout } = admitted;
+    let classes = convert::classes(&message.outputs)?;
+    let mut request = convert::request(message)?;
+    request.timeout = sooner(request.timeout, timeout);
+    // What a compressed message or typed contents have grown to.
+    let bytes = request.inputs.iter().map(|input| input.tensor.data().len()).sum();
+    grow_to(&mut permit, bytes)?;
+    let response = engine.infer(&trace, request, permit).await?;
+    if classes.work(&response) <= LONG {
+        return classes.of(response);
+    }
+    // Fails only once closed, which nobody does.
+    let _place = places.acquire().await;
+    at_length(|| classes.of(response))
 }
 
 fn sooner(first: Option<Duration>, second: Option<Duration>) -> Option<Duration> {
@@ -121,6 +142,16 @@ impl GrpcInferenceService for InferenceService {
     ) -> Result<Response<proto::ModelInferResponse>, Status> {
         let intake = Intake::reach(&request)?;
         self.infer(&intake, request.into_inner()).await.map_err(|error| intake.refuse(error))
+    }
+
+    type ModelStreamInferStream = Answers;
+
+    /// The messages were read before tonic saw them.
+    async fn model_stream_infer(
+        &self,
+        request: Request<Streaming<proto::ModelInferRequest>>,
+    ) -> Result<Response<Answers>, Status> {
+        Answers::reach(&request).map(Response::new)
     }
 
     async fn repository_index(

@@ -23,6 +23,7 @@ use super::encoding::{self, Encoding};
 use super::json::Requested;
 use super::{App, JSON};
 use crate::error::{Error, Result};
+use crate::protocol::classification::Classes;
 use crate::protocol::common;
 use crate::request::{InferResponse, NamedTensor, Permit};
 use crate::tensor::{DataType, Tensor};
@@ -35,12 +36,14 @@ pub(super) struct Wanted {
     pub outputs: Vec<Requested>,
     /// For outputs that don't say: those listed without `binary_data`, too, as OIP's text has it.
     pub binary: bool,
+    /// The outputs that are answered by classes.
+    pub classes: Classes,
 }
 
 impl Wanted {
     fn as_binary(&self, output: &str) -> bool {
         let listed = self.outputs.iter().find(|wanted| wanted.name == output);
-        listed.and_then(|wanted| wanted.binary).unwrap_or(self.binary)
+        listed.and_then(|wanted| wanted.how.binary).unwrap_or(self.binary)
     }
 }
 
@@ -53,10 +56,12 @@ pub(super) async fn write(app: &App, response: InferResponse, wanted: Wanted, ac
         Encoding::Identity => 0,
         Encoding::Gzip | Encoding::Deflate => response.outputs.iter().map(|y| y.tensor.data().len()).sum(),
     };
-    let work = formatted.saturating_add(compressed.saturating_mul(COMPRESSION_COST));
+    let ranked = wanted.classes.work(&response);
+    let work = formatted.saturating_add(compressed.saturating_mul(COMPRESSION_COST)).saturating_add(ranked);
     let timing = common::server_timing(&response);
     let shortest = app.config.min_compressed_bytes;
     let rendering = move || {
+        let response = wanted.classes.of(response)?;
         let written = render(&response, &wanted)?.compressed(accepted, shortest)?;
         Ok((written, response.permit))
     };

@@ -18,6 +18,7 @@ use super::routes::Target;
 use super::{App, Config, ORIGIN, Refusal, body};
 use crate::engine::Trace;
 use crate::error::{Error, Result};
+use crate::protocol::classification::Classes;
 use crate::protocol::common;
 use crate::request::{InferRequest, MAX_NAME_BYTES, ModelRef, Permit};
 use crate::tensor::Signature;
@@ -96,6 +97,8 @@ async fn receive(app: &App, announced: Announced, mut permit: Permit) -> Result<
     let (parsed, permit) = if app.is_long(bytes) { app.engine.cpu().run(understand).await?? } else { understand()? };
 
     let Parsed { id, parameters, inputs, outputs } = parsed;
+    let mut classes = Classes::default();
+    outputs.iter().try_for_each(|output| classes.ask(&output.name, output.how.classes))?;
     let request = InferRequest {
         id,
         model,
@@ -105,7 +108,7 @@ async fn receive(app: &App, announced: Announced, mut permit: Permit) -> Result<
         priority: parameters.priority,
         route_key: head.route_key,
     };
-    Ok((request, Wanted { outputs, binary: parameters.binary_data_output }, permit))
+    Ok((request, Wanted { outputs, binary: parameters.binary_data_output, classes }, permit))
 }
 
 /// From a body's bytes to named tensors and what was asked about them.

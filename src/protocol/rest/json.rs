@@ -9,7 +9,7 @@ use serde::de::DeserializeSeed;
 
 use super::binary::{self, Tail};
 use super::envelope::{Dims, Input, Object, OfBody, Output};
-use super::parameters::{self, OfRequest};
+use super::parameters::{self, OfOutput, OfRequest};
 use super::{Config, data};
 use crate::error::{Error, Result, quoted};
 use crate::protocol::common::{self, Strings, check_length};
@@ -29,8 +29,7 @@ pub(super) struct Parsed {
 #[derive(Debug, PartialEq)]
 pub(super) struct Requested {
     pub name: String,
-    /// Whether it is returned as binary; `None` for the request's default.
-    pub binary: Option<bool>,
+    pub how: OfOutput,
 }
 
 /// Reads the JSON part and the binary tensors after it. `model` is for messages.
@@ -84,8 +83,8 @@ fn read_input(
 
 fn read_output(output: Output) -> Result<Requested> {
     check_length("an output's name", &output.name)?;
-    let binary = parameters::of_output(output.parameters, &output.name)?;
-    Ok(Requested { name: output.name.into_owned(), binary })
+    let how = parameters::of_output(output.parameters, &output.name)?;
+    Ok(Requested { name: output.name.into_owned(), how })
 }
 
 /// Longest message of the JSON parser that is passed on whole: it may quote the client's own text.
@@ -171,7 +170,9 @@ mod tests {
         assert_eq!(parsed.parameters.timeout, Some(Duration::from_micros(5)));
         assert!(parsed.parameters.binary_data_output);
         assert_eq!(parsed.inputs[0].tensor.as_slice::<i32>(), Some(&[1, 2, 3, 4][..]));
-        let outputs = [("y", Some(false)), ("z", None)].map(|(name, binary)| Requested { name: name.into(), binary });
+        let requested =
+            |(name, binary): (&str, _)| Requested { name: name.into(), how: OfOutput { binary, classes: 0 } };
+        let outputs = [("y", Some(false)), ("z", None)].map(requested);
         assert_eq!(parsed.outputs, outputs);
         let nulls = read(r#"{"id":null,"parameters":null,"outputs":null,"inputs":[]}"#).unwrap();
         assert_eq!((nulls.id.as_str(), nulls.inputs.len(), nulls.outputs.len()), ("", 0, 0));

@@ -63,17 +63,31 @@ pub(super) fn of_input(raw: Option<&RawValue>, input: &str) -> Result<Option<u64
     Ok(size)
 }
 
-/// The output's `binary_data`.
-pub(super) fn of_output(raw: Option<&RawValue>, output: &str) -> Result<Option<bool>> {
-    let mut binary = None;
+/// How one output is wanted.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct OfOutput {
+    /// `binary_data`; `None` for the request's default.
+    pub binary: Option<bool>,
+    /// `classification`: by so many of its best classes; 0 as it is.
+    pub classes: u64,
+}
+
+pub(super) fn of_output(raw: Option<&RawValue>, output: &str) -> Result<OfOutput> {
+    let mut found = OfOutput::default();
     let owner = format!("output '{}'", quoted(output));
     each(raw, &owner, |key, value| {
-        if key == "binary_data" {
-            binary = Some(value.flag().ok_or_else(|| expected(key, &owner, "true or false"))?);
+        match key {
+            "binary_data" => {
+                found.binary = Some(value.flag().ok_or_else(|| expected(key, &owner, "true or false"))?);
+            }
+            "classification" => {
+                found.classes = value.uint().ok_or_else(|| expected(key, &owner, "a number of classes, 0 or more"))?;
+            }
+            _ => {}
         }
         Ok(())
     })?;
-    Ok(binary)
+    Ok(found)
 }
 
 fn expected(key: &str, owner: &str, expected: &str) -> Error {
@@ -214,7 +228,9 @@ mod tests {
         assert_eq!(of_request(None).unwrap(), OfRequest::default());
         let size = of_input(Some(&raw(r#"{"binary_data_size":18446744073709551615}"#)), "x");
         assert_eq!(size.unwrap(), Some(u64::MAX));
-        assert_eq!(of_output(Some(&raw(r#"{"binary_data":false}"#)), "y").unwrap(), Some(false));
+        let output = of_output(Some(&raw(r#"{"binary_data":false,"classification":3}"#)), "y");
+        assert_eq!(output.unwrap(), OfOutput { binary: Some(false), classes: 3 });
+        assert_eq!(of_output(Some(&raw(r#"{"classification":0}"#)), "y").unwrap(), OfOutput::default());
     }
 
     #[test]
@@ -236,6 +252,7 @@ mod tests {
             assert_eq!(request(text).unwrap_err().kind(), Kind::InvalidInput, "{text}");
         }
         for text in ["-1", "1.0", "\"1\"", "true", "18446744073709551616"] {
+            assert!(of_output(Some(&raw(&format!(r#"{{"classification":{text}}}"#))), "y").is_err(), "{text}");
             let parameters = raw(&format!(r#"{{"binary_data_size":{text}}}"#));
             assert!(of_input(Some(&parameters), "x").is_err(), "{text}");
         }
@@ -247,15 +264,13 @@ mod tests {
             (r#"{"sequence_id":42}"#, "sequence_id"),
             (r#"{"sequence_id":"a"}"#, "sequence_id"),
             (r#"{"sequence_start":true}"#, "sequence_start"),
-            (r#"{"classification":3}"#, "classification"),
-            (r#"{"classification":9223372036854775808}"#, "classification"),
             (r#"{"shared_memory_region":"r"}"#, "shared_memory_region"),
         ] {
             let error = request(on).unwrap_err();
             assert_eq!(error.kind(), Kind::Unsupported);
             assert!(error.message().contains(name), "{}", error.message());
         }
-        request(r#"{"sequence_id":0,"sequence_start":false,"classification":0,"shared_memory_region":""}"#).unwrap();
+        request(r#"{"sequence_id":0,"sequence_start":false,"shared_memory_region":""}"#).unwrap();
     }
 
     #[test]
