@@ -10,7 +10,7 @@ use http::{HeaderMap, HeaderValue};
 
 use crate::engine::{Engine, IndexEntry, Trace};
 use crate::error::{Error, Kind, Result, quoted};
-use crate::request::{InferResponse, MAX_NAME_BYTES, Permit};
+use crate::request::{InferResponse, MAX_NAME_BYTES};
 use crate::tensor::{DataType, Shape, Tensor};
 
 pub(super) const MAX_INPUTS: usize = 64;
@@ -130,20 +130,20 @@ pub(super) fn server_timing(response: &InferResponse) -> String {
     phases.map(|(name, duration)| format!("{name};dur={:.3}", duration.as_secs_f64() * 1e3)).join(", ")
 }
 
-/// The next bytes of an answer to hand to its connection. They keep the request's place in the server until the last of
-/// them is gone: HTTP/2 buffers what it has asked for, however small its client's window.
-pub(super) fn piece(rest: &mut Bytes, permit: &Arc<Permit>) -> Bytes {
+/// The next bytes of an answer to hand to its connection. They keep what it holds, the request's place in the server,
+/// until the last of them is gone: HTTP/2 buffers what it has asked for, however small its client's window.
+pub(super) fn piece<H: Send + Sync + 'static>(rest: &mut Bytes, held: &Arc<H>) -> Bytes {
     const MAX_BYTES: usize = 256 << 10;
     let bytes = rest.split_to(rest.len().min(MAX_BYTES));
-    Bytes::from_owner(Piece { bytes, _permit: Arc::clone(permit) })
+    Bytes::from_owner(Piece { bytes, _held: Arc::clone(held) })
 }
 
-struct Piece {
+struct Piece<H> {
     bytes: Bytes,
-    _permit: Arc<Permit>,
+    _held: Arc<H>,
 }
 
-impl AsRef<[u8]> for Piece {
+impl<H> AsRef<[u8]> for Piece<H> {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
     }

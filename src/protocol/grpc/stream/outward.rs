@@ -56,21 +56,14 @@ impl Outlet {
         self.state().given.push(held);
     }
 
+    /// What the answers hold whose bytes came out.
+    fn taken(&self) -> Vec<Held> {
+        std::mem::take(&mut self.state().given)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // Every critical section is a field access: a poisoned lock guards nothing half done.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Encoded answers and what they hold.
-struct Written {
-    bytes: Bytes,
-    _held: Vec<Held>,
-}
-
-impl AsRef<[u8]> for Written {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
     }
 }
 
@@ -79,6 +72,8 @@ pub(in crate::protocol::grpc) struct Outward {
     inner: tonic::body::Body,
     /// Of the last frame: handed over piece by piece, as HTTP/2 asks for the next one before it has sent the last.
     rest: Bytes,
+    /// What the answers in it hold.
+    held: Arc<Vec<Held>>,
     outlet: Outlet,
     places: Arc<Semaphore>,
     waiting: Option<Waiting>,
@@ -94,7 +89,7 @@ impl Outward {
         places: Arc<Semaphore>,
         open: OwnedSemaphorePermit,
     ) -> Outward {
-        Outward { inner, rest: Bytes::new(), outlet, places, waiting: None, _open: open }
+        Outward { inner, rest: Bytes::new(), held: Arc::default(), outlet, places, waiting: None, _open: open }
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
@@ -127,16 +122,17 @@ impl Body for Outward {
         if this.rest.is_empty() {
             match ready!(this.poll_next(cx)) {
                 Some(Ok(frame)) => match frame.into_data() {
-                    Ok(bytes) => {
-                        let held = std::mem::take(&mut this.outlet.state().given);
-                        this.rest = Bytes::from_owner(Written { bytes, _held: held });
-                    }
+                    Ok(bytes) => (this.rest, this.held) = (bytes, Arc::new(this.outlet.taken())),
                     Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
                 },
                 end => return Poll::Ready(end),
             }
         }
-        Poll::Ready(Some(Ok(Frame::data(common::piece(&mut this.rest)))))
+        let piece = common::piece(&mut this.rest, &this.held);
+        if this.rest.is_empty() {
+            this.held = Arc::default();
+        }
+        Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -165,10 +161,7 @@ mod tests {
     impl Body for Answers {
         type Data = Bytes;
         type Error = Infallible;
-        fn poll_frame(
-            mut self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
             if self.0.is_empty() {
                 return Poll::Ready(None);
             }
