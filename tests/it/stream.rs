@@ -282,25 +282,36 @@ async fn compressed_streams_are_answered_in_kind() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_full_server_refuses_requests_and_keeps_their_stream() {
-    let (_models, server) = echo_server(&[("limits.requests", "1"), ("limits.request_bytes", "1MiB")]);
+    let (_models, server) =
+        echo_server(&[("limits.requests", "2"), ("limits.request_bytes", "1MiB"), ("limits.body", "1MiB")]);
     let mut client = client(&server).await;
     let mut call = Call::open(&mut client).await;
     call.send(named("1", 1)).await;
     assert_eq!(call.answer().await.error_message, "");
     server.eventually("an answer that is written holds no place", is_at_rest);
-    let mut holder = TcpStream::connect(server.addresses.http).unwrap();
-    holder.write_all(b"POST /v2/models/identity_fp32/infer HTTP/1.1\r\nHost: t\r\nContent-Length: 9\r\n\r\n").unwrap();
-    server.eventually("the place is taken", |server| in_flight(server) == 1.0);
+    let held = || {
+        let mut holder = TcpStream::connect(server.addresses.http).unwrap();
+        let head = b"POST /v2/models/identity_fp32/infer HTTP/1.1\r\nHost: t\r\nContent-Length: 700000\r\n\r\n";
+        holder.write_all(head).unwrap();
+        holder
+    };
+    let mut holders = vec![held(), held()];
+    server.eventually("the places are taken", |server| in_flight(server) == 2.0);
     call.send(named("2", 1000)).await;
     let answer = call.answer().await;
-    assert_eq!((id_of(&answer), &*answer.error_message), ("2", "server is overloaded: more than 1 requests in flight"));
-    drop(holder);
-    server.eventually("the place is free", is_at_rest);
-    // Longer than what the server holds of all requests.
-    call.send(named("3", 1 << 17)).await;
+    assert_eq!((id_of(&answer), &*answer.error_message), ("2", "server is overloaded: more than 2 requests in flight"));
+    holders.pop();
+    server.eventually("a place is free", |server| in_flight(server) == 1.0);
+    holders[0].write_all(&[b' '; 600_000]).unwrap();
+    server.eventually("most of the room is taken", |server| {
+        server.metrics().sum("tidegate_inflight_bytes", &[]) == 600_000.0
+    });
+    call.send(named("3", 1 << 15)).await;
     let answer = call.answer().await;
     assert_eq!(id_of(&answer), "3");
     assert!(answer.error_message.contains("bytes of request bodies in flight"), "{}", answer.error_message);
+    drop(holders);
+    server.eventually("there is room again", is_at_rest);
     call.send(named("4", 1)).await;
     let answer = call.answer().await;
     assert_eq!((id_of(&answer), &*answer.error_message), ("4", ""));

@@ -312,7 +312,15 @@ impl Framing {
     }
 }
 
-pub(super) fn too_long(found: usize, limit: usize) -> Error {
+/// Refuses a message that says, with its prefix, how long it will be.
+pub(super) fn check_announced(bytes: usize, limit: usize) -> Result<()> {
+    match bytes.checked_sub(PREFIX).filter(|length| *length > limit) {
+        Some(length) => Err(too_long(length, limit)),
+        None => Ok(()),
+    }
+}
+
+fn too_long(found: usize, limit: usize) -> Error {
     Error::too_large(format!("message of {found} bytes, expected at most {limit}"))
 }
 

@@ -40,7 +40,7 @@ use crate::protocol::common;
 use crate::protocol::status;
 use crate::request::{Origin, Protocol};
 use health::HealthService;
-use intake::{Framing, Intake, Inward, MAX_PLACES, Outward, PREFIX, too_long};
+use intake::{Framing, Intake, Inward, MAX_PLACES, Outward, check_announced};
 use metadata::Terms;
 use proto::grpc_inference_service_server::{GrpcInferenceServiceServer, SERVICE_NAME as SERVICE};
 use reflection::Reflection;
@@ -263,9 +263,7 @@ impl Grpc {
         let headers = request.headers_mut();
         let declared = metadata::declared_bytes(headers);
         let terms = Terms::read(headers)?;
-        if let Some(length) = declared.checked_sub(PREFIX).filter(|length| *length > limit) {
-            return Err(too_long(length, limit));
-        }
+        check_announced(declared, limit)?;
         let permit = trace.as_ref().map(|trace| self.engine.admit(trace, declared)).transpose()?;
         let intake = Intake::new(trace, permit, terms.timeout);
         request.extensions_mut().insert(intake.clone());

@@ -221,13 +221,13 @@ mod tests {
             ..Default::default()
         });
         let wire: Bytes = [framed(&request), framed(b"next")].concat().into();
-        // Whether all of it has been read already or nothing.
-        for read in [false, true] {
-            let messages = Messages::new(Chunks([wire.clone()].into()));
+        // However much of it has been read already.
+        for read in 0..3 {
+            let messages = Messages::new(Chunks([wire.slice(..2000), wire.slice(2000..)].into()));
             assert!(poll_fn(|cx| messages.poll_begin(cx)).await.unwrap());
             assert_eq!(messages.announced(), PREFIX + request.len());
-            if read {
-                messages.clone().collect().await.unwrap();
+            for _ in 0..read {
+                messages.clone().frame().await.unwrap().unwrap();
             }
             assert_eq!(poll_fn(|cx| messages.poll_skip(request.len(), cx)).await, Some("7".into()));
             assert!(poll_fn(|cx| messages.poll_begin(cx)).await.unwrap());

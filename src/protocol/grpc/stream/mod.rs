@@ -29,7 +29,7 @@ use tonic::codegen::tokio_stream::Stream;
 use tonic::{Request, Status, Streaming};
 
 use super::codec::CheckedDecoder;
-use super::intake::{Admitted, Framing, Intake, Inward, LONG};
+use super::intake::{Admitted, Framing, Intake, Inward, LONG, check_announced};
 use super::metadata::Terms;
 use super::proto::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use super::{Config, ORIGIN, convert, refusal, service, status_of};
@@ -131,7 +131,9 @@ impl Reader {
 
     /// As a unary call's message is: a permit first, which grows with what arrives.
     async fn receive(&mut self, trace: &Arc<Trace>) -> Result<(ModelInferRequest, Admitted)> {
-        let permit = self.engine.admit(trace, self.messages.announced())?;
+        let announced = self.messages.announced();
+        check_announced(announced, self.config.max_message_bytes)?;
+        let permit = self.engine.admit(trace, announced)?;
         let timeout = self.deadline.map(|deadline| deadline.saturating_duration_since(permit.arrived().into()));
         let intake = Intake::new(Some(Arc::clone(trace)), Some(permit), timeout);
         let Config { max_message_bytes, body_timeout, .. } = self.config;
