@@ -1,6 +1,7 @@
 //! Compiles the protocol buffers under `proto/`, one function each, without a system protoc.
 
 use std::error::Error;
+use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn Error>> {
     onnx()?;
@@ -16,6 +17,11 @@ fn onnx() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+#[allow(clippy::disallowed_methods, reason = "only cargo knows where to write")]
+fn out_dir() -> Result<PathBuf, Box<dyn Error>> {
+    Ok(PathBuf::from(std::env::var("OUT_DIR")?))
+}
+
 /// The gRPC service: messages, server and client. The codec refuses hostile messages before they are decoded.
 fn open_inference() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto/open_inference.proto");
@@ -23,8 +29,7 @@ fn open_inference() -> Result<(), Box<dyn Error>> {
     // What reflection shows, without the comments that the generated code carries.
     let mut described = protox::Compiler::new(["proto"])?;
     described.open_file("open_inference.proto")?;
-    let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
-    std::fs::write(out.join("open_inference.bin"), described.encode_file_descriptor_set())?;
+    std::fs::write(out_dir()?.join("open_inference.bin"), described.encode_file_descriptor_set())?;
     tonic_prost_build::configure()
         .bytes(".")
         .codec_path("crate::protocol::grpc::codec::CheckedCodec")

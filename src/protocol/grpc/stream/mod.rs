@@ -85,11 +85,11 @@ struct Reader {
     places: Arc<Semaphore>,
 }
 
-enum Read {
-    Request(Arrived),
-    /// There will be no more, and why where that is not the client's wish.
-    End(Option<Error>),
-}
+/// A request; or none, as the client sends no more; or why no more are taken.
+type Read = Result<Option<Arrived>>;
+
+/// Gives the reader back with what it read.
+type Reading = Pin<Box<dyn Future<Output = (Reader, Read)> + Send>>;
 
 /// A request as it came in: decoded, or refused and known by its id.
 struct Arrived {
@@ -100,11 +100,11 @@ struct Arrived {
 
 impl Reader {
     async fn read(mut self) -> (Reader, Read) {
-        let read = self.next().await.unwrap_or_else(|error| Read::End(Some(error)));
+        let read = self.next().await;
         (self, read)
     }
 
-    async fn next(&mut self) -> Result<Read> {
+    async fn next(&mut self) -> Read {
         let room = Arc::clone(&self.room).acquire_owned().await;
         let room = room.map_err(|_| Error::internal("a stream's semaphore is closed"))?;
         let begun = tokio::select! {
@@ -113,7 +113,7 @@ impl Reader {
             begun = poll_fn(|cx| self.messages.poll_begin(cx)) => begun?,
         };
         if !begun {
-            return Ok(Read::End(None));
+            return Ok(None);
         }
         let trace = Arc::new(self.engine.begin(ORIGIN));
         let request = match self.receive(&trace).await {
@@ -126,7 +126,7 @@ impl Reader {
                 }
             },
         };
-        Ok(Read::Request(Arrived { room, trace, request }))
+        Ok(Some(Arrived { room, trace, request }))
     }
 
     /// As a unary call's message is: a permit first, which grows with what arrives.
@@ -210,7 +210,7 @@ pub(super) struct Answers {
     engine: Arc<Engine>,
     places: Arc<Semaphore>,
     /// `None` once no more is read.
-    reading: Option<Pin<Box<dyn Future<Output = (Reader, Read)> + Send>>>,
+    reading: Option<Reading>,
     running: FuturesOrdered<Pin<Box<dyn Future<Output = Answered> + Send>>>,
     /// The next answer.
     next: Option<Answered>,
@@ -272,17 +272,16 @@ impl Answers {
     fn read(&mut self, cx: &mut Context<'_>) {
         while let Some(reading) = &mut self.reading {
             let Poll::Ready((reader, read)) = reading.as_mut().poll(cx) else { return };
-            self.reading = match read {
-                Read::Request(arrived) => {
+            self.reading = None;
+            match read {
+                Ok(Some(arrived)) => {
                     let answered = Answered::to(arrived, Arc::clone(&self.engine), Arc::clone(&self.places));
                     self.running.push_back(Box::pin(answered));
-                    Some(Box::pin(reader.read()))
+                    self.reading = Some(Box::pin(reader.read()));
                 }
-                Read::End(error) => {
-                    self.end = error;
-                    None
-                }
-            };
+                Ok(None) => {}
+                Err(error) => self.end = Some(error),
+            }
         }
     }
 
