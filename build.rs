@@ -22,13 +22,15 @@ fn out_dir() -> Result<PathBuf, Box<dyn Error>> {
     Ok(PathBuf::from(std::env::var("OUT_DIR")?))
 }
 
-/// The gRPC service: messages, server and client. The codec refuses hostile messages before they are decoded.
+/// The gRPC service: messages, server and client, and their descriptors. The codec refuses hostile messages before they
+/// are decoded.
 fn open_inference() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto/open_inference.proto");
+    println!("cargo:rerun-if-changed=proto/model_config.proto");
     let files = protox::compile(["proto/open_inference.proto"], ["proto"])?;
-    // What reflection shows, without the comments that the generated code carries.
+    // What reflection shows and REST writes JSON by, without the comments that the generated code carries.
     let mut described = protox::Compiler::new(["proto"])?;
-    described.open_file("open_inference.proto")?;
+    described.include_imports(true).open_file("open_inference.proto")?;
     std::fs::write(out_dir()?.join("open_inference.bin"), described.encode_file_descriptor_set())?;
     tonic_prost_build::configure()
         .bytes(".")

@@ -1,10 +1,12 @@
-//! What the engine says about its models: metadata, readiness, the repository index.
+//! What the engine says about its models: metadata, how they are served, statistics, readiness, the repository index.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Engine;
 use crate::error::Result;
-use crate::registry::State;
+use crate::monitor::Statistics;
+use crate::registry::{Device, State, Version, VersionPolicy};
 use crate::request::{ModelRef, Phase, VersionId};
 use crate::tensor::Signature;
 
@@ -19,6 +21,46 @@ pub struct ModelInfo {
     pub signature: Arc<Signature>,
     /// What else a person may want to know: engine, device, digest, batching.
     pub properties: Vec<(&'static str, String)>,
+}
+
+/// How a version is served.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub name: Arc<str>,
+    /// `onnxruntime_onnx`, `tract_onnx`.
+    pub platform: &'static str,
+    /// `onnxruntime`, `tract`.
+    pub backend: &'static str,
+    pub device: Device,
+    /// At most.
+    pub instances: usize,
+    pub signature: Arc<Signature>,
+    /// The file that names an output's classes, for each output of the signature.
+    pub labels: Vec<Option<String>>,
+    /// Of the model.
+    pub versions: VersionPolicy,
+    /// All inputs and outputs share their leading dimension: it counts rows.
+    pub batching: bool,
+    /// The most rows one request may carry, where that is declared; then every input has a leading dimension that is free.
+    pub max_batch_size: Option<usize>,
+    /// How requests share batches. `None`: they don't.
+    pub sharing: Option<Sharing>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Sharing {
+    /// What batches are filled up to.
+    pub preferred_rows: usize,
+    pub max_delay: Duration,
+    pub max_queue_requests: usize,
+}
+
+/// What a version has done since it was loaded.
+#[derive(Clone, Debug)]
+pub struct VersionStatistics {
+    pub name: Arc<str>,
+    pub version: VersionId,
+    pub statistics: Statistics,
 }
 
 /// One line of the repository index.
@@ -53,6 +95,27 @@ impl Engine {
         })
     }
 
+    /// How the named version is served, or the one that a request without a version would get.
+    pub fn setup(&self, model: &ModelRef) -> Result<Setup> {
+        self.registry.table().choose(model).map(|version| setup(&version))
+    }
+
+    /// Of all versions that serve; of those of one model; or of one version. By name and version.
+    pub fn statistics(&self, model: Option<&ModelRef>) -> Result<Vec<VersionStatistics>> {
+        let table = self.registry.table();
+        match model {
+            None => Ok(table.serving().map(|version| statistics(version)).collect()),
+            Some(model) => {
+                let chosen = table.choose(model)?;
+                if model.version.is_some() {
+                    return Ok(vec![statistics(&chosen)]);
+                }
+                let versions = table.serving().filter(|version| version.name() == chosen.name());
+                Ok(versions.map(|version| statistics(version)).collect())
+            }
+        }
+    }
+
     /// Whether the version can answer now; an error where the model or version is unknown.
     pub fn model_ready(&self, name: &str, version: Option<VersionId>) -> Result<bool> {
         use crate::error::Kind;
@@ -85,5 +148,34 @@ impl Engine {
                 reason: entry.reason,
             })
             .collect()
+    }
+}
+
+fn setup(version: &Version) -> Setup {
+    let (facts, scheduling) = (version.facts(), version.scheduler().config());
+    Setup {
+        name: Arc::clone(version.name()),
+        platform: version.platform(),
+        backend: facts.backend,
+        device: facts.device,
+        instances: scheduling.instances,
+        signature: Arc::clone(version.signature()),
+        labels: facts.outputs.iter().map(|output| facts.labels_file(output).map(str::to_string)).collect(),
+        versions: facts.config.versions.clone(),
+        batching: version.batching().enabled,
+        max_batch_size: version.batching().max_batch_size,
+        sharing: version.scheduler().batches().then_some(Sharing {
+            preferred_rows: scheduling.preferred_rows,
+            max_delay: scheduling.max_delay,
+            max_queue_requests: scheduling.max_queue_requests,
+        }),
+    }
+}
+
+fn statistics(version: &Version) -> VersionStatistics {
+    VersionStatistics {
+        name: Arc::clone(version.name()),
+        version: version.id(),
+        statistics: version.monitor().statistics(),
     }
 }

@@ -21,7 +21,9 @@ use crate::request::{
 };
 use crate::scheduler::Answer;
 
-pub use describe::{IndexEntry, ModelInfo};
+pub use crate::monitor::{Compute, Total};
+pub use crate::registry::{Device, VersionPolicy};
+pub use describe::{IndexEntry, ModelInfo, Setup, Sharing, VersionStatistics};
 pub use trace::Trace;
 
 pub struct Engine {

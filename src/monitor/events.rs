@@ -2,9 +2,9 @@
 //! log line.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::{Info, Monitor, VersionMonitor, names};
+use super::{Info, Monitor, VersionMonitor, lock, names};
 use crate::error::Kind;
 use crate::request::{Phase, PredictionId, Protocol, Timings, VersionId};
 
@@ -33,9 +33,11 @@ impl RequestFinished<'_> {
                 version.handles.requests(protocol, None).increment(1);
                 version.handles.request_duration(protocol).record(duration.as_secs_f64());
                 version.handles.queue_duration().record(timings.queue.as_secs_f64());
+                lock(&version.statistics).answered(duration, timings);
             }
             (Some(version), Err(kind)) => {
                 version.handles.requests(protocol, Some(kind)).increment(1);
+                lock(&version.statistics).failed(duration);
                 if kind == Kind::Internal {
                     tracing::error!(
                         model = %version.model, version = %version.version, %prediction,
@@ -76,6 +78,8 @@ pub struct BatchExecuted<'a> {
     pub data: usize,
     /// Positions that shorter rows were filled up with.
     pub padding: usize,
+    /// Before the engine was called.
+    pub input: Duration,
     pub gather_and_compute: Duration,
     pub split: Duration,
     pub failed: bool,
@@ -83,13 +87,16 @@ pub struct BatchExecuted<'a> {
 
 impl BatchExecuted<'_> {
     pub fn emit(self) {
-        let BatchExecuted { version, requests, rows, data, padding, gather_and_compute, split, failed } = self;
+        let BatchExecuted { version, requests, rows, data, padding, input, gather_and_compute, split, failed } = self;
         let handles = &version.handles;
         handles.executions.increment(1);
         if failed {
             handles.execution_failures.increment(1);
         } else {
             handles.inferences.increment(rows as u64);
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+            lock(&version.statistics).executed(rows, [input, gather_and_compute, split], now_ms);
         }
         handles.batch_size().record(rows as f64);
         if data > 0 {

@@ -6,10 +6,11 @@
 //!
 //! Two kinds of series. What counts over the process's life goes through the exporter's recorder, a value of the
 //! [`Monitor`] and not a global one, so that servers in one process do not mix. What belongs to one version (gauges,
-//! distributions) lives in its [`VersionMonitor`], is rendered here and vanishes with it. Memory stays flat without
-//! scrapes as long as [`Monitor::upkeep`] is called.
+//! distributions, and the statistics that protocols tell) lives in its [`VersionMonitor`] and vanishes with it. Memory
+//! stays flat without scrapes as long as [`Monitor::upkeep`] is called.
 //!
-//! Threads: everything may be called from anywhere. Recording takes no lock but that of an output's distribution.
+//! Threads: everything may be called from anywhere. Recording takes no lock but those of an output's distribution and
+//! of a version's statistics, which are held for a few additions.
 
 mod distribution;
 pub mod events;
@@ -17,6 +18,7 @@ mod export;
 mod latency;
 pub mod names;
 mod process;
+mod statistics;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -32,6 +34,8 @@ use distribution::{Distribution, Histogram, OutputMonitor};
 use export::{Exporter, Family, Number};
 use latency::{Handles, PROTOCOLS};
 use names::{MAX_LABELLED_VERSIONS, MAX_MONITORED_OUTPUTS, OTHER};
+
+pub use statistics::{Compute, Statistics, Total};
 
 /// One server's metrics.
 pub struct Monitor {
@@ -113,6 +117,7 @@ impl Monitor {
             running: AtomicUsize::new(0),
             ready: AtomicBool::new(false),
             info: Mutex::default(),
+            statistics: Mutex::default(),
         });
         let mut live = lock(&self.live);
         live.retain(|version| version.strong_count() > 0);
@@ -175,6 +180,7 @@ pub struct VersionMonitor {
     running: AtomicUsize,
     ready: AtomicBool,
     info: Mutex<Option<Info>>,
+    statistics: Mutex<Statistics>,
 }
 
 /// What a load found out.
@@ -194,6 +200,11 @@ impl VersionMonitor {
         if others > 0 {
             self.truncated_classes.increment(others);
         }
+    }
+
+    /// Counts and durations since it was loaded, as of one moment.
+    pub fn statistics(&self) -> Statistics {
+        lock(&self.statistics).clone()
     }
 
     fn is_ready(&self) -> bool {
@@ -323,8 +334,9 @@ mod tests {
     }
 
     fn execute(version: &VersionMonitor, rows: usize, failed: bool) {
-        let (gather_and_compute, split) = (Duration::from_micros(300), Duration::ZERO);
-        BatchExecuted { version, requests: 1, rows, data: 0, padding: 0, gather_and_compute, split, failed }.emit();
+        let (input, gather_and_compute, split) = (Duration::ZERO, Duration::from_micros(300), Duration::ZERO);
+        let (data, padding) = (0, 0);
+        BatchExecuted { version, requests: 1, rows, data, padding, input, gather_and_compute, split, failed }.emit();
     }
 
     /// Reads the text format strictly and returns every sample as written (`name{labels}`) with its value.
@@ -414,6 +426,14 @@ mod tests {
             .emit(&monitor);
         }
         VersionFailed { model: "other", version: id(1), reason: "corrupt", duration: Duration::ZERO }.emit(&monitor);
+
+        let statistics = version.statistics();
+        assert_eq!((statistics.inferences, statistics.executions), (2, 1), "failed executions do not count");
+        assert!(statistics.last_inference_ms > 0);
+        assert_eq!(statistics.success, Total { count: 1, ns: 3_000_000 });
+        assert_eq!(statistics.fail, Total { count: 1, ns: 3_000_000 });
+        assert_eq!(statistics.queue, Total { count: 1, ns: 2_000_000 });
+        assert_eq!(statistics.batches.keys().collect::<Vec<_>>(), [&2]);
 
         let samples = parse(&monitor.render());
         let v = r#"model="m\"1",version="2""#;

@@ -8,6 +8,8 @@ mod common;
 pub mod grpc;
 pub mod rest;
 pub mod status;
+mod triton;
 
 /// What of the protocol's extensions is offered, and no more: clients choose calls by this list.
-pub const EXTENSIONS: &[&str] = &["binary_tensor_data", "classification", "parameters", "schedule_policy"];
+pub const EXTENSIONS: &[&str] =
+    &["binary_tensor_data", "classification", "model_configuration", "parameters", "schedule_policy", "statistics"];

@@ -96,7 +96,6 @@ pub struct Loaded {
     model: Arc<dyn Model>,
     instance: Box<dyn Instance>,
     cached: Cached,
-    config: Arc<ModelConfig>,
 }
 
 /// What only an engine can make, and may panic over: made in one guarded place.
@@ -140,11 +139,9 @@ impl Loader {
         warming: impl FnOnce(),
     ) -> Result<Loaded, Failure> {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.make(found, &staged, compare, warming)));
-        let Staged { cached, settings, .. } = staged;
+        let Staged { cached, .. } = staged;
         match outcome.unwrap_or(Err(Failure::Panicked)) {
-            Ok(Made { facts, goldens, model, instance }) => {
-                Ok(Loaded { facts, goldens, model, instance, cached, config: settings.config })
-            }
+            Ok(Made { facts, goldens, model, instance }) => Ok(Loaded { facts, goldens, model, instance, cached }),
             Err(failure) => {
                 self.cache.release(cached);
                 Err(failure)
@@ -154,7 +151,7 @@ impl Loader {
 
     /// Makes the scheduler: from here on the version can answer.
     pub fn serve(&self, loaded: Loaded, monitor: &Arc<Monitor>) -> Version {
-        let Loaded { facts, model, instance, cached, config, .. } = loaded;
+        let Loaded { facts, model, instance, cached, .. } = loaded;
         let outputs = facts.outputs.iter().map(|output| MonitoredOutput {
             name: Arc::clone(&output.name),
             kind: output.kind,
@@ -162,7 +159,7 @@ impl Loader {
         });
         let monitor = monitor.version(Arc::clone(&facts.name), facts.id, outputs.collect());
         let name = format!("{}/{}", facts.name, facts.id);
-        let config = scheduling(&facts, &config);
+        let config = scheduling(&facts);
         let scheduler = Scheduler::new(name, model, instance, config, Arc::clone(&self.gate), Arc::clone(&monitor));
         Version { facts, scheduler, monitor, cached }
     }
@@ -233,6 +230,7 @@ impl Loader {
             backend: backend.name(),
             backend_version: backend.version(),
             backend_reason: reason,
+            config: Arc::clone(&staged.settings.config),
             device: config.device,
             signature,
             outputs,
@@ -419,8 +417,8 @@ fn check_goldens(found: &Discovered, probe: &mut Probe) -> Result<Option<usize>,
     Ok(Some(goldens.len()))
 }
 
-fn scheduling(facts: &Facts, config: &ModelConfig) -> scheduler::Config {
-    let defaults = scheduler::Config::default();
+fn scheduling(facts: &Facts) -> scheduler::Config {
+    let (config, defaults) = (&facts.config, scheduler::Config::default());
     scheduler::Config {
         instances: facts.threads.instances,
         threads: facts.threads.threads,

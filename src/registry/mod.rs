@@ -46,9 +46,10 @@ use source::Folder;
 use watch::Watch;
 use writer::{Command, Writer};
 
+pub use crate::backend::Device;
 pub use cache::CacheError;
 pub use engines::{BackendChoice, Engines, EnginesConfig};
-pub use model_config::REFERENCE as MODEL_TOML_REFERENCE;
+pub use model_config::{REFERENCE as MODEL_TOML_REFERENCE, VersionPolicy};
 pub use ragged::{RaggedConfig, RaggedDecision};
 pub use report::{Report, inspect, validate};
 pub use selftest::BatchDecision;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::cache::Cached;
+use super::model_config::ModelConfig;
 use super::ragged::RaggedDecision;
 use super::selftest::BatchDecision;
 use crate::backend::Device;
@@ -54,6 +55,8 @@ pub struct Facts {
     pub backend_version: String,
     /// Why this engine.
     pub backend_reason: String,
+    /// What `model.toml` says.
+    pub config: Arc<ModelConfig>,
     pub device: Device,
     pub signature: Arc<Signature>,
     /// One per output of the signature.
@@ -145,6 +148,13 @@ impl Version {
 }
 
 impl Facts {
+    /// The file that names an output's classes.
+    pub fn labels_file(&self, output: &OutputInfo) -> Option<&str> {
+        output.labels.as_ref()?;
+        let own = self.config.outputs.get(&*output.name).and_then(|output| output.labels.as_deref());
+        own.or(self.config.labels.as_deref())
+    }
+
     pub fn properties(&self) -> Vec<(&'static str, String)> {
         vec![
             ("backend", self.backend.to_string()),

@@ -22,6 +22,10 @@ impl VersionId {
     pub fn new(version: u64) -> Option<VersionId> {
         (version > 0).then_some(VersionId(version))
     }
+
+    pub fn number(self) -> u64 {
+        self.0
+    }
 }
 
 impl fmt::Display for VersionId {
@@ -48,13 +52,21 @@ pub struct NamedTensor {
 pub struct Priority(u8);
 
 impl Priority {
+    /// The least urgent level; 1 is the most urgent.
+    pub const LEVELS: u8 = u8::MAX;
+
     /// As OIP's `priority` parameter carries it: 1 is the most urgent, 0 the default, large numbers the least urgent.
     pub fn from_wire(priority: u64) -> Priority {
         match u8::try_from(priority) {
             Ok(0) => Priority::default(),
             Ok(level) => Priority(level),
-            Err(_) => Priority(u8::MAX),
+            Err(_) => Priority(Priority::LEVELS),
         }
+    }
+
+    /// As [`Priority::from_wire`] reads it.
+    pub fn level(self) -> u8 {
+        self.0
     }
 }
 
@@ -114,12 +126,13 @@ impl fmt::Display for PredictionId {
     }
 }
 
-/// Where a request's time went. `compute` (with gathering the batch's inputs) and `split` are those of the
-/// batch it ran in.
+/// Where a request's time went. `input` (seeing who still waits, before the engine is called), `compute` (the engine,
+/// which gathers the batch's inputs itself) and `split` are those of the batch it ran in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timings {
     pub prepare: Duration,
     pub queue: Duration,
+    pub input: Duration,
     pub compute: Duration,
     pub split: Duration,
     /// Rows of the batch it ran in.

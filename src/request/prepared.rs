@@ -25,7 +25,7 @@ pub struct Prepared {
     pub inputs: Vec<Tensor>,
     /// Positions of the requested outputs, in the order asked for; all of them where none was named.
     pub outputs: Vec<usize>,
-    /// Rows of a batchable request, at least 1; 1 for a request to an unbatched version.
+    /// Rows of the request, at least 1, where the version batches or declares how many a request may have; else 1.
     pub rows: usize,
     /// Requests whose keys are equal may share a batch: see [`batch_key`].
     pub key: Box<[usize]>,
@@ -46,9 +46,14 @@ impl Prepared {
         let InferRequest { model, inputs, outputs, timeout, priority, .. } = request;
         let model = model.name;
         let inputs = resolve_inputs(inputs, signature, &model)?;
-        let rows = if batching.enabled { common_rows(&inputs, signature, &model)? } else { 1 };
-        let most = || inputs.iter().filter_map(Tensor::rows).max().unwrap_or(rows);
-        if let Some(max) = batching.max_batch_size.filter(|max| most() > *max) {
+        let rows = match batching {
+            Batching { enabled: true, .. } => common_rows(&inputs, signature, &model)?,
+            Batching { max_batch_size: Some(_), .. } => {
+                inputs.iter().filter_map(Tensor::rows).max().unwrap_or(1).max(1)
+            }
+            Batching { max_batch_size: None, .. } => 1,
+        };
+        if let Some(max) = batching.max_batch_size.filter(|max| rows > *max) {
             return Err(Error::invalid(format!("inference request batch-size must be <= {max} for '{model}'")));
         }
         let length = batching.ragged.map_or(Ok(0), |ragged| common_length(ragged, &inputs, signature, &model))?;
@@ -301,7 +306,7 @@ mod tests {
         let limited = Batching { enabled: false, max_batch_size: Some(4), ragged: None };
         let of =
             |a: usize, b: usize| check_with(vec![("a", tensor(&[a, 4])), ("b", tensor(&[b, 2]))], &[], &two, limited);
-        assert_eq!(of(4, 1).unwrap().rows, 1);
+        assert_eq!([of(4, 1), of(0, 0)].map(|checked| checked.unwrap().rows), [4, 1]);
         for (a, b) in [(5, 5), (1, 5)] {
             assert_eq!(of(a, b).unwrap_err().message(), "inference request batch-size must be <= 4 for 'm'");
         }

@@ -252,6 +252,10 @@ impl Scheduler {
         Ok(())
     }
 
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
     /// Requests share batches; false once demoted at run time.
     pub fn batches(&self) -> bool {
         self.shared.batching.load(Ordering::Relaxed)
@@ -281,6 +285,8 @@ impl Shared {
         }
         self.check_admits(&state, bytes)?;
         let job = Job { inputs, outputs, rows, length, deadline, submitted: now, permit, reply };
+        // Where nothing is shared, every request is one batch, however many rows it has.
+        let rows = if self.batching.load(Ordering::Relaxed) { rows } else { 1 };
         let ticket = state.batcher.push(Entry { key, priority, rows, bytes, arrived: now, item: job });
         self.emit_queue(&state);
         let call = self.summon(&mut state);

@@ -277,12 +277,13 @@ impl Worker {
         }
         let (requests, rows) = (jobs.len(), jobs.iter().map(|job| job.rows).sum());
         let positions = Positions::of(&jobs);
+        let assembled = Instant::now();
         let result = self.run_engine(&jobs);
         let ran = Instant::now();
         let ragged = self.shared.config.ragged.clone();
         let parts = result.map(|outputs| (split(&outputs, &jobs, ragged.as_deref()), outputs));
         let split = ran.elapsed();
-        let compute = ran - started;
+        let (input, compute) = (assembled - started, ran - assembled);
         let failed = !matches!(parts, Ok((Some(_), _)));
         let outcome = match parts {
             Err(error) => Outcome::Failed(jobs, error),
@@ -290,7 +291,7 @@ impl Worker {
             Ok((Some(parts), outputs)) => {
                 // What shorter rows were filled up with is no prediction.
                 let observed = if positions.padding > 0 { by_job(&parts, jobs.len()) } else { vec![outputs] };
-                let timings = Timings { compute, split, batch_rows: rows, ..Timings::default() };
+                let timings = Timings { input, compute, split, batch_rows: rows, ..Timings::default() };
                 self.set_returning();
                 reply(jobs, parts, started, timings);
                 self.executed.extend(observed);
@@ -299,7 +300,8 @@ impl Worker {
         };
         let version = &self.shared.monitor;
         let Positions { data, padding } = positions;
-        BatchExecuted { version, requests, rows, data, padding, gather_and_compute: compute, split, failed }.emit();
+        BatchExecuted { version, requests, rows, data, padding, input, gather_and_compute: compute, split, failed }
+            .emit();
         outcome
     }
 

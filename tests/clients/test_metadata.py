@@ -104,6 +104,7 @@ def test_the_readiness_of_an_unknown_model_is_a_404(traps, path):
 
 PATHS = ["/v2", "/v2/health/live", "/v2/health/ready", "/v2/models", "/v2/models/sentinel"]
 PATHS += ["/v2/models/sentinel/ready", "/v2/models/sentinel/versions/1", "/v2/models/sentinel/versions/1/ready"]
+PATHS += ["/v2/models/sentinel/config"]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -157,8 +158,6 @@ def test_what_is_not_offered_is_refused_and_changes_nothing(client):
     for method, arguments, http in [
         ("load_model", ["sentinel"], "403"),
         ("unload_model", ["sentinel"], "403"),
-        ("get_model_config", ["sentinel"], "404"),
-        ("get_inference_statistics", [], "404"),
         ("get_system_shared_memory_status", [], "404"),
     ]:
         with pytest.raises(InferenceServerException) as caught:

@@ -15,6 +15,7 @@ mod lifecycle;
 mod references;
 mod rest;
 mod soak;
+mod statistics;
 mod stream;
 mod support;
 mod tidy;

@@ -15,7 +15,7 @@ use super::stream::Answers;
 use super::{convert, status_of};
 use crate::engine::{Engine, ModelInfo};
 use crate::error::{Error, Kind, Result};
-use crate::protocol::{EXTENSIONS, common};
+use crate::protocol::{EXTENSIONS, common, triton};
 use crate::request::InferResponse;
 use crate::tensor::TensorSpec;
 
@@ -134,6 +134,28 @@ impl GrpcInferenceService for InferenceService {
         let proto::ModelMetadataRequest { name, version } = request.into_inner();
         let info = convert::model(name, &version).and_then(|model| self.engine.model(&model.name, model.version));
         info.map(|info| Response::new(model_metadata(info))).map_err(|error| status_of(&error))
+    }
+
+    async fn model_config(
+        &self,
+        request: Request<proto::ModelConfigRequest>,
+    ) -> Result<Response<proto::ModelConfigResponse>, Status> {
+        Intake::reach(&request)?;
+        let proto::ModelConfigRequest { name, version } = request.into_inner();
+        let setup = convert::model(name, &version).and_then(|model| self.engine.setup(&model));
+        let config = setup.map(triton::config).map_err(|error| status_of(&error))?;
+        Ok(Response::new(proto::ModelConfigResponse { config: Some(config) }))
+    }
+
+    async fn model_statistics(
+        &self,
+        request: Request<proto::ModelStatisticsRequest>,
+    ) -> Result<Response<proto::ModelStatisticsResponse>, Status> {
+        Intake::reach(&request)?;
+        let proto::ModelStatisticsRequest { name, version } = request.into_inner();
+        let model = convert::model(name, &version).map(|model| Some(model).filter(|model| !model.name.is_empty()));
+        let statistics = model.and_then(|model| self.engine.statistics(model.as_ref()));
+        statistics.map(|all| Response::new(triton::statistics(all))).map_err(|error| status_of(&error))
     }
 
     async fn model_infer(

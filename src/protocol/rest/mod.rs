@@ -2,7 +2,7 @@
 //!
 //! `routes` maps paths to handlers · `infer` is the way of one inference · `body` and `encoding` read it within bounds ·
 //! `json` turns it into tensors, by way of `envelope`, `parameters`, `data` and `binary` · `answer` writes the
-//! response · `repository` lists what is there. Owns parsing, HTTP limits and texts. Knows nothing of the listener, of batching or of models.
+//! response · `repository` lists what is there · `triton` tells configurations and statistics. Owns parsing, HTTP limits and texts. Knows nothing of the listener, of batching or of models.
 //!
 //! No byte of a body is read before there is a permit for it. Work that may take more than about 500 µs runs on the
 //! CPU pool. No request needs a `Content-Type`, as real clients send none.
@@ -18,6 +18,7 @@ mod json;
 mod parameters;
 mod repository;
 mod routes;
+mod triton;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -10,7 +10,7 @@ use http::StatusCode;
 use http::request::Parts;
 use serde::{Serialize, Serializer};
 
-use super::{App, Refusal, infer, json, repository};
+use super::{App, Refusal, infer, json, repository, triton};
 use crate::error::{Error, Kind, Result, quoted};
 use crate::protocol::EXTENSIONS;
 use crate::request::{MAX_NAME_BYTES, ModelRef, VersionId};
@@ -22,6 +22,7 @@ pub(super) fn routes(app: App) -> Router {
     let router = at(router, "/v2/health/live", get(live));
     let router = at(router, "/v2/health/ready", get(ready));
     let router = at(router, "/v2/models", get(models));
+    let router = at(router, "/v2/models/stats", get(triton::all_statistics));
     let router = at(router, "/v2/repository/index", post(repository::index));
     let router = at(router, "/v2/repository/models/{model}/load", post(repository::refuse));
     let router = at(router, "/v2/repository/models/{model}/unload", post(repository::refuse));
@@ -30,6 +31,8 @@ pub(super) fn routes(app: App) -> Router {
         .fold(router, |router, model| {
             let router = at(router, model, get(metadata));
             let router = at(router, &format!("{model}/ready"), get(model_ready));
+            let router = at(router, &format!("{model}/config"), get(triton::config));
+            let router = at(router, &format!("{model}/stats"), get(triton::statistics));
             at(router, &format!("{model}/infer"), post(infer::infer))
         })
         .fallback(unknown)
