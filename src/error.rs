@@ -129,11 +129,7 @@ pub fn quoted(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {
         let before = out.len();
-        match c {
-            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => out.extend(c.escape_unicode()),
-            c if c.is_control() => out.extend(c.escape_default()),
-            c => out.push(c),
-        }
+        push_visible(&mut out, c);
         if out.len() > QUOTE_LIMIT {
             out.truncate(before);
             out.push('…');
@@ -141,6 +137,22 @@ pub fn quoted(text: &str) -> String {
         }
     }
     out
+}
+
+/// Text from elsewhere made fit for a terminal: nothing in it moves the cursor or colours what follows.
+pub fn visible(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    text.chars().for_each(|c| push_visible(&mut out, c));
+    out
+}
+
+/// Control characters, and those that turn the direction of text, escaped.
+fn push_visible(out: &mut String, c: char) {
+    match c {
+        '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => out.extend(c.escape_unicode()),
+        c if c.is_control() => out.extend(c.escape_default()),
+        c => out.push(c),
+    }
 }
 
 #[cfg(test)]
@@ -154,9 +166,10 @@ mod tests {
     }
 
     #[test]
-    fn quoted_escapes_controls_and_cuts() {
+    fn controls_are_escaped_and_quotes_cut() {
         assert_eq!(quoted("a\nb\u{1b}[0m"), "a\\nb\\u{1b}[0m");
         assert_eq!(quoted("\u{202e}x"), "\\u{202e}x");
+        assert_eq!(visible("a\nb\u{1b}[0mé\u{202e}"), "a\\nb\\u{1b}[0mé\\u{202e}");
         let long = quoted(&"é".repeat(100));
         assert!(long.len() <= QUOTE_LIMIT + '…'.len_utf8() && long.ends_with('…'));
     }

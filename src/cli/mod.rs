@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand. The only module that prints, and the only one that uses `anyhow`.
 
+mod infer;
 mod inspect;
 mod logging;
 mod serve;
@@ -35,6 +36,9 @@ struct Arguments {
 enum Command {
     /// Serve a registry of models over REST and gRPC
     Serve(serve::Arguments),
+    /// Send one request to a running server and show the answer
+    #[command(after_help = infer::AFTER_HELP)]
+    Infer(infer::Arguments),
     /// Show what a model takes and gives, which engine runs it, and whether it batches and why
     Inspect(inspect::Arguments),
     /// Load every version of a registry, warm it, and compare its answers with its golden files
@@ -46,6 +50,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Serve(arguments) => serve::run(arguments),
+        Command::Infer(arguments) => infer::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Validate(arguments) => validate::run(arguments),
     };

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use crate::engine::{Engine, IndexEntry, ModelInfo};
 use crate::server::Addresses;
-use crate::tensor::{DataType, Dim, TensorSpec};
+use crate::tensor::{DataType, Dim, Shape, TensorSpec};
 
 /// Largest invented request that a line to try may hold, in elements.
 const MAX_TRIED_ELEMENTS: usize = 64;
@@ -93,30 +93,31 @@ fn request(info: &ModelInfo) -> Option<String> {
     Some(format!("{{\"inputs\":[{}]}}", inputs?.join(",")))
 }
 
-/// Ones, one for each free dimension. `None` where that would be long, or a shape is unknown.
+/// Ones in the shape of the input. `None` where that would be long, or the name would need escapes.
 fn input(spec: &TensorSpec) -> Option<String> {
+    let (shape, data) = ones(spec)?;
+    let plain_name = spec.name.chars().all(|c| c.is_ascii_alphanumeric() || "_-./:".contains(c));
+    plain_name.then(|| {
+        let (name, dtype) = (&spec.name, spec.dtype);
+        format!("{{\"name\":\"{name}\",\"shape\":{shape},\"datatype\":\"{dtype}\",\"data\":[{data}]}}")
+    })
+}
+
+/// An invented input: a shape with one for each free dimension, and its elements as JSON, all alike, with commas
+/// between. `None` where that would be long, or the rank is unknown.
+pub(super) fn ones(spec: &TensorSpec) -> Option<(Shape, String)> {
     let dims = spec.dims.as_ref()?.iter().map(|dim| match dim {
         Dim::Fixed(extent) => *extent,
         Dim::Free(_) => 1,
     });
-    let dims: Vec<usize> = dims.collect();
-    let elements = dims.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim))?;
+    let shape = Shape::new(dims.collect::<Vec<_>>()).ok()?;
     let one = match spec.dtype {
         DataType::Bool => "true",
         DataType::Bytes => "\"a\"",
         _ => "1",
     };
-    let shape: Vec<String> = dims.iter().map(ToString::to_string).collect();
-    let plain_name = spec.name.chars().all(|c| c.is_ascii_alphanumeric() || "_-./:".contains(c));
-    (elements <= MAX_TRIED_ELEMENTS && plain_name).then(|| {
-        format!(
-            "{{\"name\":\"{}\",\"shape\":[{}],\"datatype\":\"{}\",\"data\":[{}]}}",
-            spec.name,
-            shape.join(","),
-            spec.dtype,
-            vec![one; elements].join(",")
-        )
-    })
+    let elements = shape.elements();
+    (elements <= MAX_TRIED_ELEMENTS).then(|| (shape, vec![one; elements].join(",")))
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use crate::support::{Models, root, without_onnxruntime};
 
-fn run(arguments: &[&str], variables: &[(&str, &str)]) -> Output {
+pub fn run(arguments: &[&str], variables: &[(&str, &str)]) -> Output {
     // What is set where the tests run must not configure it.
     let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
     command.args(arguments).env_clear().envs(variables.iter().copied()).output().unwrap()
@@ -18,11 +18,11 @@ fn loading(command: &str, path: &Path) -> Output {
     run(&[&[command, path.to_str().unwrap()], engine].concat(), &[])
 }
 
-fn stdout(output: &Output) -> String {
+pub fn stdout(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-fn stderr(output: &Output) -> String {
+pub fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
@@ -50,7 +50,7 @@ fn version_and_help() {
     assert_eq!((output.status.code(), stdout(&output)), (Some(0), format!("tidegate {}\n", env!("CARGO_PKG_VERSION"))));
     let output = run(&["--help"], &[]);
     assert_eq!(output.status.code(), Some(0));
-    for command in ["serve", "inspect", "validate"] {
+    for command in ["serve", "infer", "inspect", "validate"] {
         assert!(stdout(&output).contains(command), "{}", stdout(&output));
     }
 }

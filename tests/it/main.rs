@@ -11,6 +11,7 @@ mod edges;
 mod faults;
 mod goldens;
 mod grpc;
+mod infer_cli;
 mod lifecycle;
 mod references;
 mod rest;

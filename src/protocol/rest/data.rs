@@ -45,7 +45,7 @@ fn refused(name: &str, error: DataError) -> Error {
 }
 
 /// A tensor's elements as a flat JSON array.
-pub(super) struct Flat<'a>(pub &'a Tensor);
+pub(crate) struct Flat<'a>(pub(crate) &'a Tensor);
 
 impl Serialize for Flat<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

@@ -28,6 +28,7 @@ use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;
 
+pub(crate) use self::data::Flat;
 use super::common;
 use super::status::Status;
 use crate::engine::Engine;

@@ -1,0 +1,230 @@
+//! `tidegate infer`: one request to a running server, for a person at a shell.
+//!
+//! `client` is a server as seen from here, over either protocol: `rest` and `grpc` · `request` is what is sent, from a
+//! file or from `input`s, which read literals, JSON and NumPy's files (`npy`) by the model's signature · `table` is
+//! what a person reads, element by element from `elements`.
+//!
+//! Tensors travel binary both ways, so that both protocols give the same bits. Knows of the server only what the
+//! protocol says. One thread, one connection; files are read before the server is asked for anything.
+
+mod client;
+mod elements;
+mod grpc;
+mod input;
+mod npy;
+mod request;
+mod rest;
+mod table;
+
+use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use self::client::{Address, Answer, Client, Failure, ModelMetadata};
+use self::input::Given;
+use self::request::Request;
+use self::table::Style;
+use super::surroundings;
+use crate::units::{DURATION_FORM, parse_duration};
+
+/// The server answered with an error.
+const EXIT_REFUSED: u8 = 1;
+/// There was no answer: not reachable, cut off, too late, or not in the protocol.
+const EXIT_NO_ANSWER: u8 = 3;
+
+/// How much longer than the server we wait, so that its own word on a deadline arrives.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// Longest file or standard input, in bytes: far more than servers take.
+const MAX_FILE_BYTES: u64 = 1 << 30;
+
+pub(super) const AFTER_HELP: &str = "\
+Without --input and --request the model's signature is shown, and a line to try. Of an input's shape the leading batch \
+dimension may be left out, and a flat list is given the model's shape where only one fits. JSON numbers are read as \
+the server reads them; \"NaN\", \"Infinity\" and \"-Infinity\" stand for what JSON has no numbers for. A NumPy array of \
+another datatype is converted where JSON could say it: float64 is rounded, int64 must fit.
+
+Exit codes: 0 answered, 1 refused by the server, 2 not usable as asked, 3 no answer from the server.";
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// The model to ask
+    #[arg(value_name = "MODEL")]
+    model: String,
+    /// Where the server is: http:// for REST (port 8000 if not given), grpc:// for gRPC (port 8001)
+    #[arg(short, long, value_name = "URL", default_value = "http://localhost:8000", value_parser = Address::parse)]
+    server: Address,
+    /// The model's version; otherwise the server chooses
+    #[arg(long, value_name = "VERSION")]
+    version: Option<String>,
+    /// An input: JSON ([[1,2],[3,4]]), a .npy or .json file (@FILE), or standard input (@-); for a BYTES input also bare
+    /// text or any file. The name may be left out where the model has one input
+    #[arg(short, long, value_name = "[NAME=]VALUE", allow_hyphen_values = true)]
+    input: Vec<String>,
+    /// A whole request of the Open Inference Protocol as JSON, sent without asking for the signature; - is standard
+    /// input
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["input", "output", "classes", "id"])]
+    request: Option<PathBuf>,
+    /// An output to ask for, again for each; otherwise all
+    #[arg(short, long, value_name = "NAME")]
+    output: Vec<String>,
+    /// Ask for the COUNT best classes of each floating-point output, with their labels
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    classes: Option<u32>,
+    /// The request's id, which the answer repeats
+    #[arg(long, value_name = "ID")]
+    id: Option<String>,
+    /// How long to wait, here and in the server; 0 is no limit
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
+    timeout: Duration,
+    /// Print the answer, or the metadata, as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text).ok_or_else(|| format!("expected {DURATION_FORM}"))
+}
+
+/// What the arguments ask for, files read.
+enum Asked {
+    Signature,
+    Inference(Vec<Given>),
+    Request(Request),
+}
+
+/// Exit code 1 where the server refuses, 3 where it does not answer.
+#[expect(clippy::print_stderr, reason = "why there is no answer")]
+pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
+    let asked = arguments.asked()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let outcome = runtime.block_on(arguments.within_timeout(arguments.ask(asked)));
+    // A name that is still being looked up must not keep the process.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(text) => {
+            print(&text)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(Failure::Usage(error)) => Err(error),
+        Err(Failure::Refused(message)) => {
+            eprintln!("tidegate: {message}");
+            Ok(ExitCode::from(EXIT_REFUSED))
+        }
+        Err(Failure::NoAnswer(message)) => {
+            eprintln!("tidegate: {message}");
+            Ok(ExitCode::from(EXIT_NO_ANSWER))
+        }
+    }
+}
+
+/// A reader that has seen enough (`| head`) is no failure.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("cannot write the answer"),
+        _ => Ok(()),
+    }
+}
+
+impl Arguments {
+    fn asked(&self) -> Result<Asked> {
+        if let Some(path) = &self.request {
+            let text = read_file(path)?;
+            let request = Request::parse(&text).with_context(|| format!("the request in {}", path.display()))?;
+            return Ok(Asked::Request(request));
+        }
+        if self.input.is_empty() {
+            if !self.output.is_empty() || self.classes.is_some() || self.id.is_some() {
+                bail!("no --input, expected one with --output, --classes or --id");
+            }
+            return Ok(Asked::Signature);
+        }
+        if self.input.iter().filter(|input| input.ends_with("@-")).count() > 1 {
+            bail!("standard input is given twice, expected once");
+        }
+        let given = self.input.iter().map(|text| Given::parse(text)).collect::<Result<_>>()?;
+        Ok(Asked::Inference(given))
+    }
+
+    async fn within_timeout(&self, work: impl Future<Output = Result<String, Failure>>) -> Result<String, Failure> {
+        if self.timeout.is_zero() {
+            return work.await;
+        }
+        tokio::time::timeout(self.timeout.saturating_add(GRACE), work).await.unwrap_or_else(|_| {
+            Err(Failure::NoAnswer(format!("no answer from {} within {:?}", self.server, self.timeout)))
+        })
+    }
+
+    async fn ask(&self, asked: Asked) -> Result<String, Failure> {
+        let mut client = Client::connect(&self.server, self.timeout).await?;
+        let version = self.version.as_deref().unwrap_or_default();
+        let request = match asked {
+            Asked::Signature => return self.shown(&client.model(&self.model, version).await?),
+            Asked::Inference(given) => self.request(given, &client.model(&self.model, version).await?)?,
+            Asked::Request(request) => request,
+        };
+        let answer = client.infer(&self.model, version, request).await?;
+        Ok(self.answered(&answer)?)
+    }
+
+    fn request(&self, given: Vec<Given>, model: &ModelMetadata) -> Result<Request> {
+        Ok(Request {
+            id: self.id.clone().unwrap_or_default(),
+            inputs: input::tensors(given, model)?,
+            outputs: request::outputs(&self.output, self.classes, model),
+            ..Request::default()
+        })
+    }
+
+    fn shown(&self, model: &ModelMetadata) -> Result<String, Failure> {
+        Ok(if self.json { json(model)? } else { table::model(model, &self.command(), style()) })
+    }
+
+    fn answered(&self, answer: &Answer) -> Result<String> {
+        if self.json { json(&answer.as_json()) } else { Ok(table::answer(answer, self.classes.is_some(), style())) }
+    }
+
+    /// The command so far, to be gone on with inputs.
+    fn command(&self) -> String {
+        let mut command = format!("tidegate infer {}", self.model);
+        if !self.server.is_default() {
+            command.push_str(&format!(" --server {}", self.server));
+        }
+        if let Some(version) = &self.version {
+            command.push_str(&format!(" --version {version}"));
+        }
+        command
+    }
+}
+
+fn style() -> Style {
+    let plain = surroundings::read().variables.get("NO_COLOR").is_some_and(|value| !value.is_empty());
+    Style { bold: std::io::stdout().is_terminal() && !plain }
+}
+
+fn json(value: &impl serde::Serialize) -> Result<String> {
+    let text = serde_json::to_string(value).context("the answer cannot be written as JSON: leave out --json")?;
+    Ok(text + "\n")
+}
+
+/// The file, or standard input for `-`.
+fn read_file(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = if path == Path::new("-") {
+        std::io::stdin().lock().take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)
+    } else {
+        std::fs::File::open(path).and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes))
+    };
+    let length = read.with_context(|| format!("cannot read {}", path.display()))?;
+    if length as u64 > MAX_FILE_BYTES {
+        bail!("{} is longer than {MAX_FILE_BYTES} bytes", path.display());
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests;
