@@ -73,7 +73,7 @@ fn authority(address: SocketAddr) -> String {
 }
 
 /// A name as one segment of a URL's path, without anything that ends a shell's quotes.
-fn segment(name: &str) -> String {
+pub(super) fn segment(name: &str) -> String {
     let mut segment = String::new();
     for byte in name.bytes() {
         match byte {

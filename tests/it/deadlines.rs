@@ -16,7 +16,7 @@ fn slow(steps: u64) -> serde_json::Value {
 }
 
 /// A server whose one instance of `slow` is busy, with the connection that keeps it so.
-fn busy() -> (Models, TestServer, TcpStream) {
+pub fn busy() -> (Models, TestServer, TcpStream) {
     let models = Models::new().with("slow");
     models.write("slow/model.toml", "instances = 1\n");
     let server = TestServer::of(models.path()).start();

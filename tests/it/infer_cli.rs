@@ -7,7 +7,8 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 
 use crate::cli::{run, stderr, stdout};
-use crate::support::{Models, TestServer, root};
+use crate::deadlines::busy;
+use crate::support::{Models, TestServer, root, without_onnxruntime};
 
 fn digits() -> (Models, TestServer) {
     serving("digits")
@@ -177,9 +178,17 @@ fn refusals_are_the_servers_words_and_exit_1() {
         let text = complaint(address, &["digits", "-o", "nothing", "-i", &format!("{:?}", pixels())], 1);
         assert!(text.contains(status) && text.contains("'nothing'") && text.contains("\n  prediction "), "{text}");
     }
-    for (address, status) in [(&rest, "504 Gateway Timeout"), (&grpc, "DEADLINE_EXCEEDED")] {
-        let text = complaint(address, &["digits", "--timeout", "1us", "--request", &sample()], 1);
-        assert!(text.contains(status), "{text}");
+}
+
+#[test]
+fn the_server_is_told_how_long_to_wait() {
+    if without_onnxruntime() {
+        return;
+    }
+    let (_models, server, _holder) = busy();
+    for (address, status) in servers(&server).iter().zip(["504 Gateway Timeout", "DEADLINE_EXCEEDED"]) {
+        let text = complaint(address, &["slow", "--timeout", "50ms", "-i", "1"], 1);
+        assert!(text.starts_with(&format!("tidegate: {address} answered {status}: Request timeout expired")), "{text}");
     }
 }
 

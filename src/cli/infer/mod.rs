@@ -26,7 +26,7 @@ use anyhow::{Context, Result, bail};
 use self::client::{Address, Answer, Client, Failure, ModelMetadata};
 use self::input::Given;
 use self::request::Request;
-use self::table::Style;
+use self::table::{Style, shell_word};
 use super::surroundings;
 use crate::units::{DURATION_FORM, parse_duration};
 
@@ -190,12 +190,12 @@ impl Arguments {
 
     /// The command so far, to be gone on with inputs.
     fn command(&self) -> String {
-        let mut command = format!("tidegate infer {}", self.model);
+        let mut command = format!("tidegate infer {}", shell_word(&self.model));
         if !self.server.is_default() {
             command.push_str(&format!(" --server {}", self.server));
         }
         if let Some(version) = &self.version {
-            command.push_str(&format!(" --version {version}"));
+            command.push_str(&format!(" --version {}", shell_word(version)));
         }
         command
     }

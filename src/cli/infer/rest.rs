@@ -16,6 +16,7 @@ use tokio::net::TcpStream;
 
 use super::client::{Address, Answer, Failure, MAX_ANSWER_BYTES, ModelMetadata};
 use super::request::Request;
+use crate::cli::summary::segment;
 use crate::tensor::json::{Data, NotFinite};
 use crate::tensor::{DataType, Shape, Tensor};
 
@@ -46,7 +47,7 @@ impl Rest {
         headers.insert(HEADER_LENGTH, head.into());
         headers.insert(CONTENT_TYPE, http::HeaderValue::from_static("application/octet-stream"));
         if let Some(timeout) = self.timeout {
-            // Down to 0, which would be no limit, is never rounded.
+            // Rounded up: 0 would be no limit.
             let millis = u64::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(u64::MAX);
             headers.insert("x-request-timeout", millis.into());
         }
@@ -97,15 +98,6 @@ fn path(model: &str, version: &str) -> String {
     } else {
         format!("/v2/models/{model}/versions/{}", segment(version))
     }
-}
-
-/// Percent-encoded, save what RFC 3986 calls unreserved.
-fn segment(text: &str) -> String {
-    let encode = |byte: u8| match byte {
-        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
-        _ => format!("%{byte:02X}"),
-    };
-    text.bytes().map(encode).collect()
 }
 
 /// The body, and how many bytes of it are JSON.
@@ -206,12 +198,6 @@ fn tensor(output: &Output, tail: &mut Bytes) -> Result<Tensor, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_are_one_segment_of_the_path_whatever_they_hold() {
-        assert_eq!(path("digits", ""), "/v2/models/digits");
-        assert_eq!(path("a/b ?é", "1"), "/v2/models/a%2Fb%20%3F%C3%A9/versions/1");
-    }
 
     #[test]
     fn answers_are_read_binary_and_as_json() {

@@ -72,11 +72,18 @@ pub(super) fn model(model: &ModelMetadata, command: &str, style: Style) -> Strin
 /// Ones where that is short enough, or a file to be made.
 fn example(input: &TensorMetadata, only: bool) -> String {
     let name = visible(&input.name);
-    let of = if only { String::new() } else { format!("{name}=") };
-    match input.spec().ok().as_ref().and_then(ones) {
-        Some((_, ones)) => format!(" -i {of}'[{ones}]'"),
-        None => format!(" -i {of}@{name}.npy"),
-    }
+    let named = if only { String::new() } else { format!("{name}=") };
+    let value = match input.spec().ok().as_ref().and_then(ones) {
+        Some((_, ones)) => format!("[{ones}]"),
+        None => format!("@{name}.npy"),
+    };
+    format!(" -i {}", shell_word(&(named + &value)))
+}
+
+/// One word to a shell, whatever it holds.
+pub(super) fn shell_word(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=@".contains(c);
+    if !text.is_empty() && text.chars().all(plain) { text.into() } else { format!("'{}'", text.replace('\'', "'\\''")) }
 }
 
 /// Every output, and where the answer came from. With `classes`, outputs of text are classes with their values.
@@ -261,6 +268,14 @@ mod tests {
     }
 
     #[test]
+    fn words_are_data_to_the_shell() {
+        assert_eq!(shell_word("image=@image.npy"), "image=@image.npy");
+        assert_eq!(shell_word("[1,1]"), "'[1,1]'");
+        assert_eq!(shell_word("a'$(cmd)"), "'a'\\''$(cmd)'");
+        assert_eq!(shell_word(""), "''");
+    }
+
+    #[test]
     fn a_signature_comes_with_a_line_to_try() {
         let tensor = |name: &str, datatype: &str, shape: &[i64]| TensorMetadata {
             name: name.into(),
@@ -282,6 +297,6 @@ mod tests {
         );
         model.inputs.push(tensor("image", "FP32", &[-1, 3, 224, 224]));
         let text = super::model(&model, "tidegate infer m", PLAIN);
-        assert!(text.ends_with("tidegate infer m -i text='[\"a\"]' -i image=@image.npy\n"), "{text}");
+        assert!(text.ends_with("tidegate infer m -i 'text=[\"a\"]' -i image=@image.npy\n"), "{text}");
     }
 }
