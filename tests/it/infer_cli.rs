@@ -163,6 +163,24 @@ fn values_that_json_cannot_say_arrive_over_both_protocols() {
 }
 
 #[test]
+fn classes_come_ranked_and_labelled() {
+    let (_models, server) = serving("tumor");
+    let row = format!("{:?}", [1.0; 30]);
+    for address in servers(&server) {
+        let all = data(&answered(&address, &["tumor", "--json", "-o", "probabilities", "-i", &row]));
+        let (best, other) = if all[0].as_f64() > all[1].as_f64() { (0, 1) } else { (1, 0) };
+        let labels = std::fs::read_to_string(root().join("models/tumor/labels.txt")).unwrap();
+        let labels: Vec<&str> = labels.lines().collect();
+        let text = answered(&address, &["tumor", "-o", "probabilities", "--classes", "5", "-i", &row]);
+        let found: Vec<Vec<&str>> = text.lines().skip(1).take(2).map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(text.lines().next(), Some("probabilities  BYTES [1,2]"));
+        for (line, class) in found.iter().zip([best, other]) {
+            assert_eq!((line[0], line[2]), (&*class.to_string(), labels[class]), "{text}");
+        }
+    }
+}
+
+#[test]
 fn refusals_are_the_servers_words_and_exit_1() {
     let (_models, server) = digits();
     let [rest, grpc] = servers(&server);
