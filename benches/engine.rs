@@ -31,6 +31,7 @@ pub fn serve(fake: Fake) -> Served {
     let engines = Engines {
         onnxruntime: Some(Arc::new(fake)),
         tract: None,
+        candle: None,
         onnxruntime_reason: String::new(),
         details: String::new(),
         broken: false,

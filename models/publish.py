@@ -132,10 +132,10 @@ def filled(readme, **parts) -> str:
     return text
 
 
-def overview(versions) -> dict[str, str]:
-    """The registry's own README."""
+def overview(versions, more) -> dict[str, str]:
+    """The registry's own README; `more` are further lines of its table."""
     rows = [[f"[{v.folder}]({v.name}/README.md)", v.recipe, v.quality, size(v), "Apache-2.0"] for v in versions]
-    models = table(["Model", "Kind", "On held-out rows", "Size", "Licence"], rows)
+    models = table(["Model", "Kind", "On held-out rows", "Size", "Licence"], [*rows, *more])
     return {"README.md": filled(ROOT / "README.md", models=models)}
 
 

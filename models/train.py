@@ -1,7 +1,7 @@
 """Trains the example registry beside this file: `make models`, or `python models/train.py` with requirements.txt installed.
 
-Writes `model.onnx` and `expected.json` (answers of the framework that trained it) per model version, `labels.txt` and `model.toml`
-per classifier, `digits/sample.json`, and the marked parts of every README (measured quality, an example request).
+Writes `model.onnx` and `expected.json` (answers of the framework that trained it) per model version, the twins of two of them as
+`model.safetensors`, `labels.txt` and `model.toml` per classifier, `digits/sample.json`, and the marked parts of every README (measured quality, an example request).
 Stops with an error, before writing anything, where ONNX Runtime disagrees with the framework on any held-out row, where digits 2
 is not better than digits 1, or where a file would be larger than 1 MiB. Everything is seeded and runs on one thread, so two runs
 on one machine write identical bytes; another kind of CPU may differ in the last bits.
@@ -29,7 +29,8 @@ from sklearn.preprocessing import StandardScaler
 
 from cnn import cnn_logits, cnn_model, train_cnn
 from graphs import dense_model, forest_model
-from publish import ROOT, Split, Version, folder_files, overview, write
+from publish import Split, Version, folder_files, overview, write
+from twins import Twin, digits_twin, tumor_twin, twin_files, twin_row
 
 SEED = 0
 SKLEARN = f"scikit-learn {sklearn.__version__}"
@@ -47,7 +48,7 @@ def classifier(name, number, model, predict, source, recipe, data) -> Version:
     return Version(name, number, model, predict, source, recipe, score, f"accuracy {score:.4f} ({right} of {len(data.test)})", data)
 
 
-def digits_versions(data) -> list[Version]:
+def digits_versions(data) -> tuple[list[Version], Twin]:
     mlp = MLPClassifier((32,), alpha=1e-3, max_iter=1000, random_state=SEED).fit(data.train / 16.0, data.train_target)
     dense = dense_model("digits", "image", "probabilities", 0, 16, list(zip(mlp.coefs_, mlp.intercepts_)))
     params = train_cnn(data.train, data.train_target, SEED)
@@ -58,13 +59,14 @@ def digits_versions(data) -> list[Version]:
     def ask_cnn(rows):
         return {"probabilities": np.asarray(jax.nn.softmax(cnn_logits(params, rows)), np.float64)}
 
-    return [
+    versions = [
         classifier("digits", 1, dense, ask_mlp, f"{SKLEARN} MLPClassifier.predict_proba", "MLP, 64-32-10 (scikit-learn)", data),
         classifier("digits", 2, cnn_model(params), ask_cnn, f"JAX {jax.__version__}", "CNN, two convolutions and two dense layers (JAX)", data),
     ]
+    return versions, digits_twin(versions[1], params)
 
 
-def tumor_versions(data) -> list[Version]:
+def tumor_versions(data) -> tuple[list[Version], Twin]:
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.5)).fit(data.train.astype(np.float64), data.train_target)
     scaler, regression = pipeline[0], pipeline[1]
     # Two classes have one logit z: softmax of (0, z) is (1 - sigmoid(z), sigmoid(z)).
@@ -74,7 +76,8 @@ def tumor_versions(data) -> list[Version]:
     def ask(rows):
         return {"probabilities": pipeline.predict_proba(rows.astype(np.float64))}
 
-    return [classifier("tumor", 1, model, ask, f"{SKLEARN} LogisticRegression.predict_proba", "standardised logistic regression (scikit-learn)", data)]
+    version = classifier("tumor", 1, model, ask, f"{SKLEARN} LogisticRegression.predict_proba", "standardised logistic regression (scikit-learn)", data)
+    return [version], tumor_twin(version, scaler.mean_, scaler.scale_, layer)
 
 
 def diabetes_versions(data) -> list[Version]:
@@ -106,18 +109,22 @@ def wine_versions(data) -> list[Version]:
 
 def main() -> None:
     digits, tumor, wine = datasets.load_digits(), datasets.load_breast_cancer(), datasets.load_wine()
-    models = [
-        digits_versions(split(digits, digits.target_names)),
-        tumor_versions(split(tumor, tumor.target_names)),
+    digits_models, digits_st = digits_versions(split(digits, digits.target_names))
+    tumor_models, tumor_st = tumor_versions(split(tumor, tumor.target_names))
+    models, twins = [
+        digits_models,
+        tumor_models,
         diabetes_versions(split(datasets.load_diabetes(scaled=False))),
         wine_versions(split(wine, wine.target_names)),
-    ]
+    ], [digits_st, tumor_st]
     versions = [version for model in models for version in model]
     if versions[1].score <= versions[0].score:
         raise SystemExit(f"digits 2 is not better than digits 1: {versions[1].quality} against {versions[0].quality}")
-    files = overview(versions)
+    files = overview(versions, [twin_row(twin) for twin in twins])
     for model in models:
         files |= folder_files(model)
+    for twin in twins:
+        files |= twin_files(twin)
     write(files)
     for version in versions:
         print(f"{version.folder}: {version.recipe}: {version.quality}")

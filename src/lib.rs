@@ -1,4 +1,4 @@
-//! Tidegate serves ONNX models from a registry: requests over REST and gRPC, batched dynamically, observed.
+//! Tidegate serves ONNX and safetensors models from a registry: requests over REST and gRPC, batched dynamically, observed.
 //!
 //! The request path, in the order of the modules below, from the socket down and back:
 //! `server` accepts a connection; `protocol` takes a permit from the `engine`, reads and decodes a request;

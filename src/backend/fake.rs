@@ -207,8 +207,8 @@ impl Backend for Fake {
     /// Gives the file's own signature this fake's behaviour, log and gate.
     fn load(&self, artifact: &Artifact, _options: &LoadOptions) -> Result<Arc<dyn Model>, LoadError> {
         let mut fake = self.clone();
-        fake.signature = Arc::new(artifact.description.signature.clone());
-        fake.kinds = artifact.description.output_kinds.clone().into();
+        fake.signature = Arc::new(artifact.description.signature().clone());
+        fake.kinds = artifact.description.output_kinds().into();
         Ok(Arc::new(fake))
     }
 }

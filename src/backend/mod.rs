@@ -2,16 +2,19 @@
 //! loaded version, [`Instance`] is what one worker thread runs.
 //!
 //! Knows nothing of requests, protocols, metrics or async runtimes: tensors in, tensors out. Each engine's crate is
-//! named in that engine's folder only; `onnx` reads model files without any engine.
+//! named in that engine's folder only; `onnx` and `safetensors` read model files without any engine.
 //!
 //! Threads: `load` and `instance` are slow and called on a loader thread; `run` is called on a worker thread that owns
 //! the instance. A panic in `run` costs the caller the instance, nothing else.
 
 mod batch;
+#[cfg(feature = "candle")]
+pub mod candle;
 pub mod fake;
 pub mod onnx;
 pub mod onnxruntime;
 mod panics;
+pub mod safetensors;
 mod text;
 #[cfg(feature = "tract")]
 pub mod tract;
@@ -25,12 +28,74 @@ pub use batch::{Batch, BatchInput};
 pub use panics::{panic_text, panics_are_answered};
 pub use text::first_line;
 
-/// A model file in the server's private cache, with what the file says about itself.
+/// A version's files in the server's private cache, with what they say about themselves.
 #[derive(Clone, Debug)]
 pub struct Artifact {
-    /// The ONNX file; external data lies beside it, in the same private folder.
+    /// The ONNX file, beside which external data lies; the folder of a safetensors model.
     pub path: PathBuf,
-    pub description: Arc<onnx::Description>,
+    pub description: Arc<Description>,
+}
+
+impl Artifact {
+    /// For engines that take nothing else.
+    fn onnx(&self, engine: &'static str) -> Result<&onnx::Description, LoadError> {
+        match &*self.description {
+            Description::Onnx(description) => Ok(description),
+            Description::Safetensors(_) => Err(LoadError::Engine {
+                engine,
+                message: "found a safetensors model, expected an ONNX file: use the backend candle".into(),
+            }),
+        }
+    }
+}
+
+/// What a version's files say, whichever format they have.
+#[derive(Clone, Debug)]
+pub enum Description {
+    Onnx(onnx::Description),
+    Safetensors(safetensors::Description),
+}
+
+impl Description {
+    /// As declared; an engine may know more.
+    pub fn signature(&self) -> &Signature {
+        match self {
+            Description::Onnx(description) => &description.signature,
+            Description::Safetensors(description) => &description.signature,
+        }
+    }
+
+    /// One per output of the signature.
+    pub fn output_kinds(&self) -> &[OutputKind] {
+        match self {
+            Description::Onnx(description) => &description.output_kinds,
+            Description::Safetensors(description) => &description.output_kinds,
+        }
+    }
+
+    /// Why rows cannot be independent. `None` proves nothing.
+    pub fn couples_rows(&self) -> Option<&str> {
+        match self {
+            Description::Onnx(description) => description.couples_rows.as_deref(),
+            Description::Safetensors(description) => description.couples_rows.as_deref(),
+        }
+    }
+
+    /// The exporter and its version; empty where the files do not say.
+    pub fn producer(&self) -> &str {
+        match self {
+            Description::Onnx(description) => &description.producer,
+            Description::Safetensors(description) => &description.producer,
+        }
+    }
+
+    /// Names of the classes, by index, where the files hold them: for every output that has classes.
+    pub fn labels(&self) -> Option<&Arc<[String]>> {
+        match self {
+            Description::Onnx(_) => None,
+            Description::Safetensors(description) => description.labels.as_ref(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -59,7 +124,7 @@ pub struct LoadOptions {
 
 /// One engine, as the process has it.
 pub trait Backend: Send + Sync {
-    /// `onnxruntime`, `tract`, `fake`: what `backend = "…"` in `model.toml` names, and the label `backend` in metrics.
+    /// `onnxruntime`, `tract`, `candle`, `fake`: what `backend = "…"` in `model.toml` names, and the label `backend` in metrics.
     fn name(&self) -> &'static str;
 
     /// The engine's own version, for people: `1.31.1`.

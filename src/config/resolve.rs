@@ -247,7 +247,12 @@ fn registry(texts: &mut Texts, surroundings: &Surroundings, drain_timeout: Durat
 
 fn engines_of(texts: &mut Texts, surroundings: &Surroundings) -> EnginesConfig {
     EnginesConfig {
-        choice: texts.take("engine", BackendChoice::Auto, "`auto`, `onnxruntime` or `tract`", BackendChoice::parse),
+        choice: texts.take(
+            "engine",
+            BackendChoice::Auto,
+            "`auto`, `onnxruntime` or `tract`",
+            BackendChoice::parse_for_all,
+        ),
         library: texts.path("onnxruntime"),
         library_variable: surroundings.variables.get("ORT_DYLIB_PATH").map(PathBuf::from),
         exe_dir: surroundings.exe_dir.clone(),

@@ -8,6 +8,7 @@
 //! Digest: the SHA-256 of the model file where it is the only one; otherwise the SHA-256 of the text that
 //! `sha256sum` prints for all files, sorted by name (`<hex>  <name>\n`, names relative to the model's folder).
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Read, Write};
@@ -42,7 +43,7 @@ pub enum CacheError {
     Escapes { file: String },
     #[error("`{file}` is not a regular file")]
     NotAFile { file: String },
-    #[error("{found} external data files, expected at most {MAX_FILES}")]
+    #[error("{found} files beside the model, expected at most {MAX_FILES}")]
     TooMany { found: usize },
     #[error("more than {MAX_ARTIFACT_BYTES} bytes of model files")]
     TooLarge,
@@ -59,11 +60,12 @@ pub enum CacheError {
 pub struct Cached {
     /// `sha256:<hex>`.
     pub digest: Arc<str>,
-    /// The copy of the ONNX file.
+    /// The copy of the model file.
     pub model: PathBuf,
     /// Of all files together.
     pub bytes: u64,
-    folder: PathBuf,
+    /// Where all copies lie.
+    pub folder: PathBuf,
 }
 
 pub struct Cache {
@@ -95,34 +97,41 @@ impl Cache {
         Err(unusable(io::Error::other("its lock file is taken away again and again")))
     }
 
-    /// Copies a model and the external data files that `describe`, which is given the copy of the model, finds in it.
-    /// After an error nothing of the version is left behind.
+    /// Copies a model as `name`, those of the files `beside` it that are there, and the further ones that `describe`,
+    /// which is given the copy of the model, finds to be needed. After an error nothing of the version is left behind.
     pub fn copy<T, E: From<CacheError>>(
         &self,
         model: &Path,
+        name: &str,
+        beside: &[&str],
         describe: impl FnOnce(&Path) -> Result<(T, BTreeSet<String>), E>,
     ) -> Result<(Cached, T), E> {
         let source = canonical_folder(model)?;
         let staging = Staging::new(self.run.join(format!("staging-{}", self.staged.fetch_add(1, Ordering::Relaxed))))?;
         let mut room = MAX_ARTIFACT_BYTES;
         let mut files = BTreeMap::new();
-        let copy = staging.folder.join(MODEL_FILE);
+        let copy = staging.folder.join(name);
         // The model file itself may be a link to elsewhere in the registry; the scan has checked where it leads.
-        let hex = copy_hashed(model, &copy, MODEL_FILE, &mut room)?;
-        files.insert(MODEL_FILE.to_string(), hex);
+        files.insert(name.to_string(), copy_hashed(model, &copy, name, &mut room)?);
+        for name in beside.iter().filter(|name| fs::symlink_metadata(source.join(name)).is_ok()) {
+            files.insert(name.to_string(), copy_external(&source, &staging.folder, name, &mut room)?);
+        }
         let (described, external) = describe(&copy)?;
         if external.len() > MAX_FILES {
             return Err(CacheError::TooMany { found: external.len() }.into());
         }
         for name in external {
-            let hex = copy_external(&source, &staging.folder, &name, &mut room)?;
-            files.insert(name, hex);
+            // Those beside the model were copied before.
+            if let Entry::Vacant(place) = files.entry(name) {
+                let hex = copy_external(&source, &staging.folder, place.key(), &mut room)?;
+                place.insert(hex);
+            }
         }
         let digest = digest(&files);
         let folder = self.publish(staging, &digest)?;
         let bytes = MAX_ARTIFACT_BYTES - room;
         let digest = format!("sha256:{digest}").into();
-        Ok((Cached { digest, model: folder.join(MODEL_FILE), bytes, folder }, described))
+        Ok((Cached { digest, model: folder.join(name), bytes, folder }, described))
     }
 
     /// Moves a finished copy to its place, or drops it where the same content is there already.
@@ -291,7 +300,7 @@ fn copy_stream(
 }
 
 fn digest(files: &BTreeMap<String, String>) -> String {
-    match files.get(MODEL_FILE) {
+    match files.values().next() {
         Some(only) if files.len() == 1 => only.clone(),
         _ => {
             let listing: String = files.iter().map(|(name, hex)| format!("{hex}  {name}\n")).collect();
@@ -344,7 +353,7 @@ mod tests {
             let external = external.iter().map(|name| name.to_string()).collect();
             let model = self.root.path().join("m/1/model.onnx");
             self.cache
-                .copy(&model, |copy| {
+                .copy(&model, MODEL_FILE, &["notes.json", "data/no.json"], |copy| {
                     assert_eq!(fs::read(copy).unwrap(), b"model");
                     Ok(((), external))
                 })
@@ -366,7 +375,19 @@ mod tests {
         let two = setup.copy(&["data/w.bin"]).unwrap();
         let listing = format!("{}  data/w.bin\n{}  model.onnx\n", hex(&Sha256::digest("weights")), &alone.digest[7..]);
         assert_eq!(*two.digest, format!("sha256:{}", hex(&Sha256::digest(listing))));
-        assert_eq!(fs::read(two.model.parent().unwrap().join("data/w.bin")).unwrap(), b"weights");
+        assert_eq!(fs::read(two.folder.join("data/w.bin")).unwrap(), b"weights");
+    }
+
+    #[test]
+    fn files_beside_the_model_are_copied_where_they_are_there() {
+        let setup = Setup::new();
+        let without = setup.copy(&[]).unwrap();
+        fs::write(setup.root.path().join("m/1/notes.json"), "{}").unwrap();
+        let with = setup.copy(&["notes.json"]).unwrap();
+        assert_eq!(fs::read(with.folder.join("notes.json")).unwrap(), b"{}");
+        assert!(with.digest != without.digest && !without.folder.join("notes.json").exists());
+        symlink("/etc/hostname", setup.root.path().join("m/1/data/no.json")).unwrap();
+        assert!(matches!(setup.copy(&[]).unwrap_err(), CacheError::Escapes { file } if file == "data/no.json"));
     }
 
     #[test]
@@ -392,7 +413,8 @@ mod tests {
         }
         assert!(matches!(setup.copy(&["data"]).unwrap_err(), CacheError::NotAFile { .. }));
         let model = setup.root.path().join("m/1/model.onnx");
-        let refused: Result<(Cached, ()), CacheError> = setup.cache.copy(&model, |_| Err(CacheError::TooLarge));
+        let refused: Result<(Cached, ()), CacheError> =
+            setup.cache.copy(&model, MODEL_FILE, &[], |_| Err(CacheError::TooLarge));
         assert!(refused.is_err());
         assert_eq!(setup.left(), 0);
     }
@@ -455,7 +477,8 @@ mod tests {
                 scope.spawn(|| {
                     for _ in 0..50 {
                         let cache = Cache::open(parent.path()).unwrap();
-                        let copied = cache.copy::<(), CacheError>(&model, |_| Ok(((), BTreeSet::new())));
+                        let copied =
+                            cache.copy::<(), CacheError>(&model, MODEL_FILE, &[], |_| Ok(((), BTreeSet::new())));
                         let (cached, ()) = copied.unwrap();
                         assert!(cached.model.exists());
                         cache.remove();

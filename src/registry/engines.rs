@@ -1,17 +1,19 @@
 //! Which inference engines this process has, and which of them a model gets.
 //!
-//! Engines are chosen by presence only: a model that its engine refuses fails, rather than quietly changing engines.
+//! Engines are chosen by a model's format and their presence only: a model that its engine refuses fails, rather than
+//! quietly changing engines.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::source::Format;
 use crate::backend::Backend;
 use crate::backend::onnxruntime::OnnxRuntime;
 
 /// Where to look for engines. Paths come from the configuration and the environment, read elsewhere.
 #[derive(Clone, Debug, Default)]
 pub struct EnginesConfig {
-    /// What models without a `backend` of their own run on. An engine that is named and not there is an error; with
+    /// What ONNX models without a `backend` of their own run on. An engine that is named and not there is an error; with
     /// tract, onnxruntime's library is not even looked for.
     pub choice: BackendChoice,
     /// ONNX Runtime's library, as configured.
@@ -25,11 +27,13 @@ pub struct EnginesConfig {
 /// An engine by name, or the best at hand: for the whole server, or for one model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackendChoice {
-    /// onnxruntime where its library is found and loads, else tract.
+    /// For ONNX, onnxruntime where its library is found and loads, else tract; for safetensors, candle.
     #[default]
     Auto,
     OnnxRuntime,
     Tract,
+    /// For one model only: it serves what the others do not.
+    Candle,
 }
 
 impl BackendChoice {
@@ -38,8 +42,14 @@ impl BackendChoice {
             "auto" => Some(BackendChoice::Auto),
             "onnxruntime" => Some(BackendChoice::OnnxRuntime),
             "tract" => Some(BackendChoice::Tract),
+            "candle" => Some(BackendChoice::Candle),
             _ => None,
         }
+    }
+
+    /// The engines that the whole server may be told to use: those of ONNX models.
+    pub fn parse_for_all(text: &str) -> Option<BackendChoice> {
+        BackendChoice::parse(text).filter(|choice| *choice != BackendChoice::Candle)
     }
 }
 
@@ -48,6 +58,7 @@ impl BackendChoice {
 pub struct Engines {
     pub onnxruntime: Option<Arc<dyn Backend>>,
     pub tract: Option<Arc<dyn Backend>>,
+    pub candle: Option<Arc<dyn Backend>>,
     /// Why onnxruntime is or is not there. Shown to clients: names no folder.
     pub onnxruntime_reason: String,
     /// The same for the operator, with the places looked at.
@@ -77,6 +88,7 @@ impl Engines {
         let mut engines = Engines {
             onnxruntime: None,
             tract: tract(),
+            candle: candle(),
             onnxruntime_reason: String::new(),
             details: String::new(),
             broken: false,
@@ -92,8 +104,10 @@ impl Engines {
                 Err(format!("onnxruntime: {}", engines.details))
             }
             BackendChoice::Tract if engines.tract.is_none() => Err("tract is not built into this binary".into()),
-            BackendChoice::Auto if engines.onnxruntime.is_none() && engines.tract.is_none() => {
-                Err(format!("{}; tract is not built into this binary", engines.details))
+            BackendChoice::Auto
+                if engines.onnxruntime.is_none() && engines.tract.is_none() && engines.candle.is_none() =>
+            {
+                Err(format!("{}; tract and candle are not built into this binary", engines.details))
             }
             _ => Ok(engines),
         }
@@ -125,12 +139,33 @@ impl Engines {
     }
 
     /// The engine for one model. The error says what to install or build.
-    pub fn choose(&self, choice: BackendChoice) -> Result<Chosen, String> {
+    pub fn choose(&self, choice: BackendChoice, format: Format) -> Result<Chosen, String> {
+        match (format, choice) {
+            (Format::Safetensors, BackendChoice::Auto | BackendChoice::Candle) => match &self.candle {
+                Some(backend) => Ok(chosen(backend, "it computes safetensors models".into())),
+                None => Err("a safetensors model takes candle, which is not built in: build with the cargo feature \
+                             `candle`"
+                    .into()),
+            },
+            (Format::Safetensors, BackendChoice::OnnxRuntime | BackendChoice::Tract) => {
+                Err("model.toml: `backend`: found an engine of ONNX files, expected \"candle\" or \"auto\" for a \
+                     safetensors model"
+                    .into())
+            }
+            (Format::Onnx, BackendChoice::Candle) => {
+                Err("model.toml: `backend`: found \"candle\", expected \"onnxruntime\", \"tract\" or \"auto\" for an \
+                     ONNX file"
+                    .into())
+            }
+            (Format::Onnx, choice) => self.choose_for_onnx(choice),
+        }
+    }
+
+    fn choose_for_onnx(&self, choice: BackendChoice) -> Result<Chosen, String> {
         let why = &self.onnxruntime_reason;
         match (choice, &self.onnxruntime, &self.tract) {
             (BackendChoice::Auto, Some(backend), _) => Ok(chosen(backend, why.clone())),
             (BackendChoice::Auto, None, Some(backend)) => Ok(chosen(backend, format!("in onnxruntime's place: {why}"))),
-            (BackendChoice::Auto, None, None) => Err(format!("no engine: {why}, and tract is not built in")),
             (BackendChoice::OnnxRuntime, Some(backend), _) | (BackendChoice::Tract, _, Some(backend)) => {
                 Ok(chosen(backend, "named in model.toml".into()))
             }
@@ -138,14 +173,17 @@ impl Engines {
             (BackendChoice::Tract, _, None) => {
                 Err("model.toml asks for tract, which is not built in: build with the cargo feature `tract`".into())
             }
+            (BackendChoice::Auto | BackendChoice::Candle, ..) => {
+                Err(format!("no engine for ONNX files: {why}, and tract is not built in"))
+            }
         }
     }
 
     pub fn present(&self) -> impl Iterator<Item = &Arc<dyn Backend>> {
-        self.onnxruntime.iter().chain(&self.tract)
+        self.onnxruntime.iter().chain(&self.tract).chain(&self.candle)
     }
 
-    /// The engine of models that name none, and why it is this one.
+    /// The engine of ONNX models that name none, and why it is this one.
     pub(super) fn summary(&self) -> Option<Summary> {
         let summary = |backend: &Arc<dyn Backend>, reason| Summary {
             backend: backend.name(),
@@ -175,6 +213,16 @@ fn tract() -> Option<Arc<dyn Backend>> {
     None
 }
 
+#[cfg(feature = "candle")]
+fn candle() -> Option<Arc<dyn Backend>> {
+    Some(Arc::new(crate::backend::candle::Candle::default()))
+}
+
+#[cfg(not(feature = "candle"))]
+fn candle() -> Option<Arc<dyn Backend>> {
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,6 +233,7 @@ mod tests {
         Engines {
             onnxruntime: fake(onnxruntime),
             tract: fake(tract),
+            candle: None,
             onnxruntime_reason: "no library".into(),
             details: String::new(),
             broken: false,
@@ -207,12 +256,29 @@ mod tests {
 
     #[test]
     fn presence_decides_and_the_reason_is_told() {
-        let reason = |engines: Engines, choice| engines.choose(choice).map(|chosen| chosen.reason);
+        let reason = |engines: Engines, choice| engines.choose(choice, Format::Onnx).map(|chosen| chosen.reason);
         assert_eq!(reason(engines(true, true), BackendChoice::Auto).unwrap(), "no library");
         assert_eq!(reason(engines(false, true), BackendChoice::Auto).unwrap(), "in onnxruntime's place: no library");
         assert_eq!(reason(engines(true, true), BackendChoice::Tract).unwrap(), "named in model.toml");
         assert!(reason(engines(false, true), BackendChoice::OnnxRuntime).unwrap_err().contains("no library"));
         assert!(reason(engines(true, false), BackendChoice::Tract).unwrap_err().contains("not built in"));
         assert!(reason(engines(false, false), BackendChoice::Auto).is_err());
+    }
+    #[test]
+    fn each_format_has_its_engines() {
+        let fake = Some(Arc::new(Fake::echo(1)) as Arc<dyn Backend>);
+        let with = Engines { candle: fake, ..engines(true, true) };
+        let reason =
+            |engines: &Engines, choice| engines.choose(choice, Format::Safetensors).map(|chosen| chosen.reason);
+        for choice in [BackendChoice::Auto, BackendChoice::Candle] {
+            assert_eq!(reason(&with, choice).unwrap(), "it computes safetensors models");
+            assert!(reason(&engines(true, true), choice).unwrap_err().contains("cargo feature `candle`"));
+        }
+        for choice in [BackendChoice::OnnxRuntime, BackendChoice::Tract] {
+            assert!(reason(&with, choice).unwrap_err().contains("expected \"candle\""));
+        }
+        let onnx = with.choose(BackendChoice::Candle, Format::Onnx).map(|chosen| chosen.reason);
+        assert!(onnx.unwrap_err().contains("expected \"onnxruntime\", \"tract\" or \"auto\" for an ONNX file"));
+        assert_eq!(BackendChoice::parse_for_all("candle"), None);
     }
 }

@@ -4,7 +4,7 @@
 //! Everything a version may fail of is a [`Failure`]; a panic of an engine is one, too. After a failure the version has
 //! left nothing behind in the cache.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -19,10 +19,10 @@ use super::model_config::ModelConfig;
 use super::probe::Probe;
 use super::ragged;
 use super::selftest::{self, BatchDecision};
-use super::source::{Discovered, GOLDEN_FILE, MODEL_FILE, read_text};
+use super::source::{Discovered, Format, GOLDEN_FILE, MODEL_FILE, read_text};
 use super::version::{Facts, OutputInfo, Version};
-use crate::backend::onnx::Description;
-use crate::backend::{Artifact, Instance, LoadError, LoadOptions, Model};
+use crate::backend::safetensors::{self, Declared};
+use crate::backend::{Artifact, Description, Instance, LoadError, LoadOptions, Model, onnx};
 use crate::monitor::{Monitor, MonitoredOutput};
 use crate::problem::nearest;
 use crate::scheduler::{self, DEFAULT_PREFERRED_ROWS, Gate, Scheduler, ThreadPlan, Wish};
@@ -122,12 +122,58 @@ impl Loader {
             return Err(Failure::Refused(reason.clone()));
         }
         let settings = Settings::read(found)?;
+        let (cached, description) = match found.format() {
+            Format::Onnx => self.copy_onnx(found, &settings.config)?,
+            Format::Safetensors => self.copy_safetensors(found, &settings.config)?,
+        };
+        Ok(Staged { cached, settings, description: Arc::new(description), begun })
+    }
+
+    fn copy_onnx(&self, found: &Discovered, config: &ModelConfig) -> Result<(Cached, Description), Failure> {
+        if let Some(key) = config.declared_key() {
+            let expected = "model.toml without it: an ONNX file says so itself";
+            return Err(Failure::Config(format!(
+                "model.toml: `{key}`: found beside `{MODEL_FILE}`, expected {expected}"
+            )));
+        }
         // Before it is copied; the copy is looked at again, since the file may grow meanwhile.
         if let Ok(metadata) = fs::metadata(&found.model) {
-            Description::check_length(metadata.len())?;
+            onnx::Description::check_length(metadata.len())?;
         }
-        let (cached, description) = self.cache.copy(&found.model, describe)?;
-        Ok(Staged { cached, settings, description: Arc::new(description), begun })
+        let (cached, description) = self.cache.copy(&found.model, MODEL_FILE, &[], describe)?;
+        Ok((cached, Description::Onnx(description)))
+    }
+
+    fn copy_safetensors(&self, found: &Discovered, config: &ModelConfig) -> Result<(Cached, Description), Failure> {
+        let (name, folder) = match found.model.file_name().and_then(|name| name.to_str()) {
+            Some(safetensors::INDEX_FILE) => (safetensors::INDEX_FILE, found.model.parent()),
+            // One that was named by itself may be called anything.
+            _ => (safetensors::MODEL_FILE, found.model.parent()),
+        };
+        let declared = match &config.sequential {
+            Some(sequential) => Declared::Sequential(sequential.clone()),
+            None if folder.is_some_and(|folder| folder.join(safetensors::ENCODER_FILE).exists()) => {
+                Declared::Encoder(config.encoder.clone().unwrap_or_default())
+            }
+            None => {
+                return Err(Failure::Config(format!(
+                    "`{name}` holds weights only: expected [[layers]] in model.toml, or a {} beside it",
+                    safetensors::ENCODER_FILE
+                )));
+            }
+        };
+        let beside = safetensors::beside(&declared);
+        let (cached, ()) = self.cache.copy(&found.model, name, beside, |copy| {
+            let folder = copy.parent().unwrap_or(copy);
+            Ok::<_, Failure>(((), guarded(|| safetensors::files(folder, &declared))?))
+        })?;
+        match guarded(|| safetensors::Description::read(&cached.folder, &declared)) {
+            Ok(description) => Ok((cached, Description::Safetensors(description))),
+            Err(error) => {
+                self.cache.release(cached);
+                Err(error.into())
+            }
+        }
     }
 
     /// Loads, decides about batching, warms up. `warming` is called when the engine has loaded the model.
@@ -182,8 +228,10 @@ impl Loader {
         warming: impl FnOnce(),
     ) -> Result<Made, Failure> {
         let config = &*staged.settings.config;
-        let Chosen { backend, reason } =
-            self.engines.choose(config.backend).map_err(|reason| Failure::Model(LoadError::Unavailable(reason)))?;
+        let Chosen { backend, reason } = self
+            .engines
+            .choose(config.backend, found.format())
+            .map_err(|reason| Failure::Model(LoadError::Unavailable(reason)))?;
         let mut wish = Wish {
             instances: config.instances,
             threads: config.threads,
@@ -191,7 +239,11 @@ impl Loader {
             instances_share_weights: false,
         };
         let options = LoadOptions { device: config.device, threads: ThreadPlan::new(self.cores, &wish).threads };
-        let artifact = Artifact { path: staged.cached.model.clone(), description: Arc::clone(&staged.description) };
+        let path = match found.format() {
+            Format::Onnx => staged.cached.model.clone(),
+            Format::Safetensors => staged.cached.folder.clone(),
+        };
+        let artifact = Artifact { path, description: Arc::clone(&staged.description) };
         let model = backend.load(&artifact, &options)?;
         warming();
         // Only a loaded model says whether its instances share; those that do have no threads of their own to plan for.
@@ -199,9 +251,9 @@ impl Loader {
         let threads = ThreadPlan::new(self.cores, &wish);
         let signature = Arc::new(model.signature().clone());
         let mut warnings = model.warnings().to_vec();
-        let outputs = outputs(&*model, &staged.settings, &mut warnings)?;
+        let outputs = outputs(&*model, &staged.settings, staged.description.labels(), &mut warnings)?;
         let mut probe = Probe::new(model, Arc::clone(&self.gate), threads.threads)?;
-        let couples = staged.description.couples_rows.as_deref();
+        let couples = staged.description.couples_rows();
         let batching =
             selftest::decide(config.batching.enabled, couples, &signature, || selftest::run(&mut probe, &signature))
                 .map_err(Failure::Config)?;
@@ -239,7 +291,7 @@ impl Loader {
             max_batch_size,
             preferred_rows,
             threads,
-            producer: staged.description.producer.clone(),
+            producer: staged.description.producer().to_string(),
             load_time: staged.begun.elapsed(),
             warnings,
         };
@@ -260,15 +312,19 @@ impl Settings {
     }
 }
 
-fn describe(copy: &Path) -> Result<(Description, std::collections::BTreeSet<String>), Failure> {
+fn describe(copy: &Path) -> Result<(onnx::Description, BTreeSet<String>), Failure> {
     let unreadable = |error| CacheError::Unreadable { file: MODEL_FILE.into(), error };
-    Description::check_length(fs::metadata(copy).map_err(unreadable)?.len())?;
+    onnx::Description::check_length(fs::metadata(copy).map_err(unreadable)?.len())?;
     let bytes = fs::read(copy).map_err(unreadable)?;
-    // The file is untrusted: a defect of the reader must not take the loader's thread with it.
-    let description = catch_unwind(|| Description::read(bytes.into()))
-        .unwrap_or_else(|_| Err(LoadError::BadModel("the reader of ONNX files panicked on it".into())))?;
+    let description = guarded(|| onnx::Description::read(bytes.into()))?;
     let external = description.external_files.clone();
     Ok((description, external))
+}
+
+/// Files are untrusted: a defect of their reader must not take the loader's thread with it.
+fn guarded<T>(read: impl FnOnce() -> Result<T, LoadError>) -> Result<T, LoadError> {
+    catch_unwind(AssertUnwindSafe(read))
+        .unwrap_or_else(|_| Err(LoadError::BadModel("the reader of model files panicked on it".into())))
 }
 
 /// A file in the model's own folder, links followed inside it only.
@@ -288,8 +344,13 @@ fn read_labels(found: &Discovered, file: &str) -> Result<Arc<[String]>, Failure>
     }
 }
 
-/// Kinds and labels: what the configuration says, else what was inferred.
-fn outputs(model: &dyn Model, settings: &Settings, warnings: &mut Vec<String>) -> Result<Vec<OutputInfo>, Failure> {
+/// Kinds and labels: what the configuration says, else what was inferred and what the model's own files hold.
+fn outputs(
+    model: &dyn Model,
+    settings: &Settings,
+    own_labels: Option<&Arc<[String]>>,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<OutputInfo>, Failure> {
     let signature = model.signature();
     let names = || signature.outputs.iter().map(|spec| &*spec.name);
     if let Some(unknown) = settings.config.outputs.keys().find(|name| signature.output(name).is_none()) {
@@ -300,11 +361,19 @@ fn outputs(model: &dyn Model, settings: &Settings, warnings: &mut Vec<String>) -
         return Err(Failure::Config(format!("model.toml: `outputs.{unknown}`: no such output, expected {expected}")));
     }
     let specs = signature.outputs.iter().zip(model.output_kinds());
-    let outputs = specs.map(|(spec, kind)| output(spec, *kind, settings, warnings)).collect::<Result<Vec<_>, _>>()?;
+    let mut outputs =
+        specs.map(|(spec, kind)| output(spec, *kind, settings, warnings)).collect::<Result<Vec<_>, _>>()?;
     if let Some(file) = &settings.config.labels
         && outputs.iter().all(|output| output.labels.is_none())
     {
         warnings.push(format!("labels `{file}`: no output has as many classes"));
+    }
+    if let (None, Some(names)) = (&settings.config.labels, own_labels) {
+        for (output, spec) in outputs.iter_mut().zip(&signature.outputs) {
+            if output.labels.is_none() && classes(spec, output.kind) == Some(names.len()) {
+                output.labels = Some(Arc::clone(names));
+            }
+        }
     }
     Ok(outputs)
 }

@@ -13,6 +13,7 @@ mod cache;
 mod engines;
 mod golden;
 mod invent;
+mod layer_config;
 mod loader;
 mod model_config;
 mod plan;

@@ -7,8 +7,11 @@ use std::time::Duration;
 use toml::{Table, Value};
 
 use super::engines::BackendChoice;
+use super::layer_config;
 use super::ragged::RaggedConfig;
 use crate::backend::Device;
+use crate::backend::safetensors::encoder::{EncoderConfig, Pooling};
+use crate::backend::safetensors::layers::Sequential;
 use crate::error::quoted;
 use crate::problem::{Problem, nearest};
 use crate::request::VersionId;
@@ -25,7 +28,7 @@ const MAX_WARM_UP_FILES: usize = 64;
 /// Every key, with its meaning; a part of docs/configuration.md.
 pub const REFERENCE: &str = r#"# Every key is optional; an unknown one is an error. Files lie beside model.toml.
 
-backend = "auto"            # auto: onnxruntime where its library was found, else tract; or either by name
+backend = "auto"            # auto: candle for safetensors; for ONNX onnxruntime where its library was found, else tract
 device = "cpu"              # cpu, cuda or cuda:N
 instances = 2               # runs at once; by default planned from the cores
 threads = 1                 # intra-op threads of one instance; by default planned from the cores
@@ -52,6 +55,39 @@ labels = "labels.txt"
 
 [goldens]
 on_load = false             # compare with expected.json at every load; a version that differs fails
+
+# A model.safetensors beside a config.json of Hugging Face's describes itself; this adds to it.
+[encoder]
+pooling = "mean"            # or cls, max: an output sentence_embedding; by default what 1_Pooling/config.json says
+normalize = true            # whether it is scaled to length 1; by default if modules.json lists Normalize
+token_type_ids = false      # a third input; without it every token is of type 0
+
+# Any other model.safetensors is a torch.nn.Sequential, with the settings below in place of [encoder], before any table.
+# Layers are named and set as in torch.nn, weights by their keys in PyTorch's state_dict. What goes in may be left out.
+#
+# input = { name = "x", datatype = "FP32", shape = [-1, 8] }   # -1: any extent; the batch first. INT64 for an Embedding
+# output = "output"                                            # what the last layer's numbers are called
+# prefix = ""                                                  # before every key: "net." for net.0.weight
+#
+# [[layers]]
+# type = "Linear"                     # in_features, out_features, bias = true
+# out_features = 16
+# key = "0"                           # by default the layer's place in the list
+#
+# Conv1d, Conv2d                      in_channels, out_channels, kernel_size, stride = 1, padding = 0 (or "same"),
+#                                     dilation = 1, groups = 1, bias = true; sizes of two axes are 3 or [3, 2]
+# BatchNorm1d, BatchNorm2d            num_features, eps = 1e-5, affine = true
+# LayerNorm                           normalized_shape, eps = 1e-5, elementwise_affine = true, bias = true
+# MaxPool1d, MaxPool2d                kernel_size, stride = kernel_size, padding = 0, dilation = 1, ceil_mode = false
+# AvgPool1d, AvgPool2d                kernel_size, stride = kernel_size, padding = 0, ceil_mode = false,
+#                                     count_include_pad = true
+# AdaptiveAvgPool1d, AdaptiveAvgPool2d  output_size = 1
+# Embedding                           num_embeddings, embedding_dim
+# Flatten                             start_dim = 1, end_dim = -1
+# Unflatten                           dim, unflattened_size
+# Softmax, LogSoftmax                 dim
+# LeakyReLU, ELU, GELU                negative_slope = 0.01; alpha = 1.0; approximate = "none" or "tanh"
+# ReLU, ReLU6, SiLU, Mish, Sigmoid, Hardsigmoid, Hardswish, Tanh, Softplus, Identity, Dropout, Dropout1d, Dropout2d
 "#;
 
 /// One model's settings, checked. `None` where the file is silent: the server's defaults or the model decide.
@@ -74,6 +110,17 @@ pub struct ModelConfig {
     pub versions: VersionPolicy,
     /// Compare with `expected.json` at every load; a version that differs fails.
     pub goldens_on_load: bool,
+    /// The layers of a `model.safetensors`.
+    pub sequential: Option<Sequential>,
+    /// What is added to a `config.json` of Hugging Face's.
+    pub encoder: Option<EncoderConfig>,
+}
+
+impl ModelConfig {
+    /// The key of what only a safetensors model needs to be told, where there is any.
+    pub fn declared_key(&self) -> Option<&'static str> {
+        self.sequential.as_ref().map(|_| "layers").or(self.encoder.as_ref().map(|_| "encoder"))
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -155,7 +202,9 @@ fn read_model(mut top: Section) -> ModelConfig {
     let (max_queue_requests, max_queue_bytes) = limits.unwrap_or_default();
     let config = ModelConfig {
         backend: top
-            .read("backend", "\"auto\", \"onnxruntime\" or \"tract\"", |value| BackendChoice::parse(value.as_str()?))
+            .read("backend", "\"auto\", \"onnxruntime\", \"tract\" or \"candle\"", |value| {
+                BackendChoice::parse(value.as_str()?)
+            })
             .unwrap_or_default(),
         device: top.read("device", "\"cpu\", \"cuda\" or \"cuda:N\"", read_device).unwrap_or_default(),
         instances: top.count("instances", MAX_INSTANCES),
@@ -173,9 +222,28 @@ fn read_model(mut top: Section) -> ModelConfig {
             .section("goldens", |section| section.read("on_load", "true or false", Value::as_bool))
             .flatten()
             .unwrap_or(false),
+        sequential: layer_config::read(&mut top),
+        encoder: read_encoder(&mut top),
     };
+    if let (Some(_), Some(_)) = (&config.sequential, &config.encoder) {
+        top.problem("encoder", "[[layers]], too".into(), "one or the other".into());
+    }
     top.finish();
     config
+}
+
+fn read_encoder(top: &mut Section) -> Option<EncoderConfig> {
+    const SWITCH: &str = "true or false";
+    top.section("encoder", |section| EncoderConfig {
+        token_type_ids: section.read("token_type_ids", SWITCH, Value::as_bool).unwrap_or(false),
+        pooling: section.read("pooling", "\"mean\", \"cls\" or \"max\"", |value| match value.as_str()? {
+            "mean" => Some(Pooling::Mean),
+            "cls" => Some(Pooling::Cls),
+            "max" => Some(Pooling::Max),
+            _ => None,
+        }),
+        normalize: section.read("normalize", SWITCH, Value::as_bool),
+    })
 }
 
 fn read_device(value: &Value) -> Option<Device> {
@@ -278,7 +346,7 @@ fn plain_file(value: &Value) -> Option<String> {
 }
 
 /// One table of the file while it is read: remembers which keys it knows, and collects problems.
-struct Section<'a> {
+pub(super) struct Section<'a> {
     /// `batching.`; empty at the top.
     prefix: String,
     table: &'a Table,
@@ -287,11 +355,16 @@ struct Section<'a> {
 }
 
 impl<'a> Section<'a> {
-    fn new(prefix: String, table: &'a Table, problems: &'a RefCell<Vec<Problem>>) -> Self {
+    pub(super) fn new(prefix: String, table: &'a Table, problems: &'a RefCell<Vec<Problem>>) -> Self {
         Section { prefix, table, known: BTreeSet::new(), problems }
     }
 
-    fn read<T>(&mut self, key: &str, expected: &str, convert: impl FnOnce(&Value) -> Option<T>) -> Option<T> {
+    pub(super) fn read<T>(
+        &mut self,
+        key: &str,
+        expected: &str,
+        convert: impl FnOnce(&Value) -> Option<T>,
+    ) -> Option<T> {
         self.known.insert(key.to_string());
         let value = self.table.get(key)?;
         let converted = convert(value);
@@ -301,7 +374,7 @@ impl<'a> Section<'a> {
         converted
     }
 
-    fn count(&mut self, key: &str, max: i64) -> Option<usize> {
+    pub(super) fn count(&mut self, key: &str, max: i64) -> Option<usize> {
         let convert =
             |value: &Value| value.as_integer().filter(|n| (1..=max).contains(n)).and_then(|n| usize::try_from(n).ok());
         self.read(key, &format!("a whole number from 1 to {max}"), convert)
@@ -311,7 +384,7 @@ impl<'a> Section<'a> {
         self.read(key, "the name of a file beside model.toml", plain_file)
     }
 
-    fn section<T>(&mut self, key: &str, read: impl FnOnce(&mut Section<'a>) -> T) -> Option<T> {
+    pub(super) fn section<T>(&mut self, key: &str, read: impl FnOnce(&mut Section<'a>) -> T) -> Option<T> {
         self.known.insert(key.to_string());
         let value = self.table.get(key)?;
         let Some(table) = value.as_table() else {
@@ -324,8 +397,21 @@ impl<'a> Section<'a> {
         Some(result)
     }
 
+    /// The tables of an array of them, each to be finished; `None` where the key is not there.
+    pub(super) fn tables(&mut self, key: &str) -> Option<Vec<Section<'a>>> {
+        self.known.insert(key.to_string());
+        let value = self.table.get(key)?;
+        let tables = value.as_array().and_then(|array| array.iter().map(Value::as_table).collect::<Option<Vec<_>>>());
+        let Some(tables) = tables else {
+            self.problem(key, shown(value), format!("[[{key}]], a list of tables"));
+            return None;
+        };
+        let named = |(i, table)| Section::new(format!("{}{key}[{i}].", self.prefix), table, self.problems);
+        Some(tables.into_iter().enumerate().map(named).collect())
+    }
+
     /// Reports the keys nobody asked for.
-    fn finish(self) {
+    pub(super) fn finish(self) {
         for key in self.table.keys().filter(|key| !self.known.contains(*key)) {
             let known: Vec<&str> = self.known.iter().map(String::as_str).collect();
             let expected = match nearest(key, known.iter().copied()) {
@@ -336,7 +422,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    fn problem(&self, key: &str, found: String, expected: String) {
+    pub(super) fn problem(&self, key: &str, found: String, expected: String) {
         let place = format!("`{}{}`", self.prefix, quoted(key));
         self.problems.borrow_mut().push(Problem { place, found, expected });
     }

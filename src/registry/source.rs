@@ -2,8 +2,9 @@
 //! `model.toml`; opens no model.
 //!
 //! Layouts: `<root>/<name>/<version>/model.onnx`, `<root>/<name>/model.onnx` (version 1), `<root>/model.onnx`, and a
-//! root that is itself an `.onnx` file (the last two are named by the configuration). Hidden entries and folders whose
-//! name is no version are stepped over. Symbolic links are followed inside the root only.
+//! root that is itself an `.onnx` file (the last two are named by the configuration); in `model.onnx`'s place may stand
+//! `model.safetensors`, or the index of its parts. Hidden entries and folders whose name is no version are stepped over.
+//! Symbolic links are followed inside the root only.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, Metadata};
@@ -13,10 +14,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::model_config::ModelConfig;
+use crate::backend::safetensors;
 use crate::error::quoted;
 use crate::request::{MAX_NAME_BYTES, VersionId};
 
 pub const MODEL_FILE: &str = "model.onnx";
+/// What makes a folder a version's, in the order of preference where a safetensors model is there whole and in parts.
+const MODEL_FILES: [&str; 3] = [MODEL_FILE, safetensors::MODEL_FILE, safetensors::INDEX_FILE];
 pub const CONFIG_FILE: &str = "model.toml";
 pub const GOLDEN_FILE: &str = "expected.json";
 
@@ -44,7 +48,7 @@ impl std::fmt::Display for Key {
 #[derive(Clone, Debug)]
 pub struct Discovered {
     pub key: Key,
-    /// The ONNX file. External data lies below its folder.
+    /// The ONNX file, or the safetensors file or index. What else belongs to it lies below its folder.
     pub model: PathBuf,
     /// The model's own folder: `model.toml`, labels and warm-up files.
     pub folder: PathBuf,
@@ -53,6 +57,22 @@ pub struct Discovered {
     /// Why it may not be opened at all (a link that leaves the registry).
     pub refused: Option<String>,
     pub fingerprint: Fingerprint,
+}
+
+impl Discovered {
+    pub fn format(&self) -> Format {
+        match self.model.extension().and_then(|extension| extension.to_str()) {
+            Some("safetensors" | "json") => Format::Safetensors,
+            _ => Format::Onnx,
+        }
+    }
+}
+
+/// What a version is kept in, by the name of its file; engines read one or the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Onnx,
+    Safetensors,
 }
 
 /// Everything about a version's files that changes when they do. Equal fingerprints mean that nothing was touched.
@@ -86,7 +106,7 @@ pub enum SourceError {
     Root { root: String, reason: String },
     #[error(
         "registry `{root}` holds no model, expected `<model>/<version>/{MODEL_FILE}`, `<model>/{MODEL_FILE}` or \
-         `{MODEL_FILE}`{notes}"
+         `{MODEL_FILE}`, or a `model.safetensors` in such a place{notes}"
     )]
     Empty { root: String, notes: String },
 }
@@ -133,7 +153,7 @@ impl Folder {
         }
         let version = file_name(&path).and_then(|name| VersionId::parse(&name));
         let folder = match (version, path.parent()) {
-            (Some(_), Some(parent)) if path.join(MODEL_FILE).exists() => parent.to_path_buf(),
+            (Some(_), Some(parent)) if model_in(&path).is_some() => parent.to_path_buf(),
             _ => path,
         };
         self.scan_model(&folder.clone(), &folder, &mut scan);
@@ -206,21 +226,17 @@ impl Folder {
 
     /// A model file straight in the model's folder: version 1, unless there is a folder `1`.
     fn add_loose(&mut self, root: &Path, folder: &Path, name: &Arc<str>, scan: &mut Scan) {
-        let model = folder.join(MODEL_FILE);
-        if fs::symlink_metadata(&model).is_ok() {
+        if let Some(model) = model_in(folder) {
             self.add(root, folder, first(name), &model, fingerprint(folder, folder), scan);
         }
     }
 
     fn add_version(&mut self, root: &Path, folder: &Path, name: &Arc<str>, entry: &Path, scan: &mut Scan) {
         let Some(version) = file_name(entry).and_then(|name| VersionId::parse(&name)) else { return };
-        let model = entry.join(MODEL_FILE);
-        if fs::symlink_metadata(&model).is_err() {
-            return;
-        }
+        let Some(model) = model_in(entry) else { return };
         let key = Key { model: Arc::clone(name), version };
         if scan.versions.contains_key(&key) {
-            scan.notes.push(format!("`{name}/{MODEL_FILE}` is hidden by `{name}/{version}/{MODEL_FILE}`"));
+            scan.notes.push(format!("the model in `{name}` is hidden by the one in `{name}/{version}`"));
         }
         self.add(root, folder, key, &model, fingerprint(folder, entry), scan);
     }
@@ -234,11 +250,12 @@ impl Folder {
         fingerprint: std::io::Result<Fingerprint>,
         scan: &mut Scan,
     ) {
+        let file = quoted(&file_name(model).unwrap_or_default());
         let refused = match (&confined(root, model), &fingerprint) {
-            (Ok(true), Ok(_)) if model.is_file() => None,
-            (Ok(true), Ok(_)) => Some(format!("`{MODEL_FILE}` is not a regular file")),
-            (Ok(false), _) => Some(format!("`{MODEL_FILE}` lies behind a symbolic link that leaves the registry")),
-            (Err(error), _) | (_, Err(error)) => Some(format!("`{MODEL_FILE}` cannot be read: {error}")),
+            (Ok(true), Ok(_)) if model.is_file() => two_formats(model),
+            (Ok(true), Ok(_)) => Some(format!("`{file}` is not a regular file")),
+            (Ok(false), _) => Some(format!("`{file}` lies behind a symbolic link that leaves the registry")),
+            (Err(error), _) | (_, Err(error)) => Some(format!("`{file}` cannot be read: {error}")),
         };
         let discovered = Discovered {
             config: self.config(root, folder),
@@ -278,6 +295,18 @@ impl Folder {
             }
         }
     }
+}
+
+/// The file that makes the folder a version's.
+fn model_in(folder: &Path) -> Option<PathBuf> {
+    MODEL_FILES.iter().map(|file| folder.join(file)).find(|model| fs::symlink_metadata(model).is_ok())
+}
+
+/// Nobody can tell which of two formats is meant. A file that was named by itself is.
+fn two_formats(model: &Path) -> Option<String> {
+    let rivals = MODEL_FILES[1..].iter().filter(|_| file_name(model).is_some_and(|name| name == MODEL_FILE));
+    let rival = rivals.into_iter().find(|rival| model.with_file_name(rival).exists())?;
+    Some(format!("`{MODEL_FILE}` and `{rival}` are both there, expected one"))
 }
 
 /// Whether a model can be called so, and asked for in a URL.
@@ -355,7 +384,7 @@ fn collect(folder: &Path, depth: usize, files: &mut Vec<FileFacts>) -> std::io::
             continue;
         }
         let other_version = file_name(&entry).is_some_and(|name| VersionId::parse(&name).is_some());
-        if depth > 0 && !other_version && !entry.join(MODEL_FILE).exists() {
+        if depth > 0 && !other_version && model_in(&entry).is_none() {
             collect(&entry, depth - 1, files)?;
         }
     }
@@ -459,6 +488,27 @@ mod tests {
         assert_eq!(one("a"), ["a/2", "a/3"]);
         assert_eq!(one("a/3"), ["a/3"]);
         assert_eq!(one("x/net.onnx"), ["model/1"]);
+    }
+
+    #[test]
+    fn safetensors_stand_in_any_place_of_onnx_and_not_beside_it() {
+        let root = Root::new();
+        root.file("a/2/model.safetensors", "x").file("b/model.safetensors.index.json", "x").file("c/1/model.onnx", "x");
+        root.file("c/1/model.safetensors", "x")
+            .file("d/1/1_Pooling/config.json", "x")
+            .file("d/1/model.safetensors", "x");
+        let scan = root.scan();
+        assert_eq!(root.keys(), ["a/2", "b/1", "c/1", "d/1"]);
+        let refused: Vec<_> = scan.versions.values().filter_map(|found| found.refused.as_deref()).collect();
+        assert_eq!(refused, ["`model.onnx` and `model.safetensors` are both there, expected one"]);
+        let formats: Vec<Format> = scan.versions.values().map(Discovered::format).collect();
+        assert_eq!(formats, [Format::Safetensors, Format::Safetensors, Format::Onnx, Format::Safetensors]);
+        let pooling = |root: &Root| root.scan().versions.into_values().next_back().unwrap().fingerprint;
+        let before = pooling(&root);
+        root.file("d/1/1_Pooling/config.json", "longer");
+        assert!(pooling(&root) != before, "what an encoder reads is part of its fingerprint");
+        let alone = Folder::new(root.0.path().join("a/2/model.safetensors"), "mine").scan().unwrap();
+        assert!(alone.versions.values().all(|found| found.format() == Format::Safetensors && found.refused.is_none()));
     }
 
     #[test]

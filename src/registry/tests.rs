@@ -81,6 +81,7 @@ impl Setup {
         Engines {
             onnxruntime: Some(Arc::new(self.fake.clone())),
             tract: None,
+            candle: None,
             onnxruntime_reason: "a fake".into(),
             details: String::new(),
             broken: false,

@@ -127,6 +127,7 @@ impl Version {
         match self.facts.backend {
             "onnxruntime" => "onnxruntime_onnx",
             "tract" => "tract_onnx",
+            "candle" => "candle_safetensors",
             other => other,
         }
     }

@@ -4,7 +4,15 @@ use serde_json::{Value, json};
 
 use crate::support::{Models, TestServer, engines, root};
 
-const MODELS: [(&str, &str); 5] = [("digits", "1"), ("digits", "2"), ("tumor", "1"), ("diabetes", "1"), ("wine", "1")];
+const MODELS: [(&str, &str); 7] = [
+    ("digits", "1"),
+    ("digits", "2"),
+    ("tumor", "1"),
+    ("diabetes", "1"),
+    ("wine", "1"),
+    ("digits_st", "1"),
+    ("tumor_st", "1"),
+];
 
 fn golden(model: &str, version: &str) -> Value {
     let path = root().join("models").join(model).join(version).join("expected.json");
@@ -61,7 +69,9 @@ fn every_engine_answers_as_the_frameworks_do() {
         for (model, version) in MODELS {
             assert_eq!(mismatches(&server, model, version), Vec::<String>::new(), "on {engine}");
             let metadata = server.get(&format!("/v2/models/{model}/versions/{version}")).json();
-            assert_eq!(metadata["platform"], format!("{engine}_onnx"));
+            let platform = format!("{engine}_onnx");
+            let platform = if model.ends_with("_st") { "candle_safetensors" } else { &platform };
+            assert_eq!(metadata["platform"], platform);
         }
     }
 }

@@ -15,6 +15,7 @@ mod infer_cli;
 mod lifecycle;
 mod references;
 mod rest;
+mod safetensors;
 mod soak;
 mod statistics;
 mod stream;

@@ -13,7 +13,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("tensor", &["error"]),
     ("request", &["tensor", "error"]),
     ("monitor", &["request", "tensor", "error"]),
-    ("backend", &["tensor", "error"]),
+    ("backend", &["tensor", "error", "problem"]),
     ("scheduler", &["backend", "monitor", "request", "tensor", "error"]),
     ("registry", &["scheduler", "backend", "monitor", "request", "tensor", "error", "units", "problem"]),
     ("engine", &["registry", "scheduler", "monitor", "request", "tensor", "pool", "error"]),
@@ -30,6 +30,9 @@ const CRATES: &[(&str, &[&str])] = &[
     ("ort", &["backend/onnxruntime"]),
     ("libloading", &["backend/onnxruntime"]),
     ("tract_onnx", &["backend/tract"]),
+    ("candle_core", &["backend/candle"]),
+    ("gemm", &["backend/candle"]),
+    ("rayon", &["backend/candle"]),
     ("prost", &["backend/onnx", "protocol/grpc", "protocol/rest/triton.rs"]),
     ("prost_reflect", &["protocol/rest/triton.rs"]),
     ("tonic", &["protocol/grpc", "cli/infer/grpc.rs"]),
@@ -41,8 +44,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("hyper", &["server", "cli/infer"]),
     ("hyper_util", &["server", "cli/infer"]),
     ("socket2", &["server"]),
-    ("serde", &["protocol/rest", "registry", "cli"]),
-    ("serde_json", &["protocol/rest", "registry", "tensor/json.rs", "cli"]),
+    ("serde", &["backend/safetensors", "protocol/rest", "registry", "cli"]),
+    ("serde_json", &["backend/safetensors", "protocol/rest", "registry", "tensor/json.rs", "cli"]),
     ("toml", &["config", "registry"]),
     ("clap", &["cli"]),
     ("anyhow", &["cli"]),
@@ -60,7 +63,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("http_body_util", &["protocol", "cli/infer/rest.rs"]),
     ("bytes", &["tensor", "backend", "protocol", "server", "cli/infer"]),
     ("half", &["tensor", "backend", "monitor/distribution", "registry", "protocol", "cli/infer/elements.rs"]),
-    ("bytemuck", &["tensor", "backend/onnxruntime"]),
+    ("bytemuck", &["tensor", "backend/onnxruntime", "backend/candle"]),
 ];
 
 /// Dependencies that every module may name.

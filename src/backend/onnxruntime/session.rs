@@ -10,7 +10,7 @@ use ort::session::{HasSelectedOutputs, OutputSelector, RunOptions, Session, Sess
 use ort::value::{Outlet, ValueType};
 
 use super::values::{borrowed_value, bytes_of, datatype, failed, run_error, string_value, tensor_of};
-use super::{clean, refused};
+use super::{NAME, clean, refused};
 use crate::backend::onnx::Description;
 use crate::backend::{Artifact, Batch, Device, Instance, LoadError, LoadOptions, Model, RunError};
 use crate::tensor::{DataType, Dim, OutputKind, Signature, Tensor, TensorSpec};
@@ -27,7 +27,7 @@ pub(super) fn session(
     // Patterns are remembered per input shape, without a bound: only where all runs have the same shapes.
     let memory_pattern = artifact
         .description
-        .signature
+        .signature()
         .inputs
         .iter()
         .all(|spec| spec.dims.as_ref().is_some_and(|dims| !dims.iter().any(Dim::is_free)));
@@ -95,11 +95,12 @@ impl OnnxRuntimeModel {
         artifact: &Artifact,
         options: &LoadOptions,
     ) -> Result<OnnxRuntimeModel, LoadError> {
+        let description = artifact.onnx(NAME)?;
         let session = session(environment, artifact, options)?;
-        let signature = reconciled(&artifact.description, &session).map_err(refused)?;
+        let signature = reconciled(description, &session).map_err(refused)?;
         Ok(OnnxRuntimeModel {
             signature: Arc::new(signature),
-            warnings: artifact.description.omitted_outputs.iter().map(|name| omitted(name)).collect(),
+            warnings: description.omitted_outputs.iter().map(|name| omitted(name)).collect(),
             environment: environment.clone(),
             artifact: artifact.clone(),
             options: options.clone(),
@@ -114,7 +115,7 @@ impl Model for OnnxRuntimeModel {
     }
 
     fn output_kinds(&self) -> &[OutputKind] {
-        &self.artifact.description.output_kinds
+        self.artifact.description.output_kinds()
     }
 
     fn instance(&self) -> Result<Box<dyn Instance>, LoadError> {

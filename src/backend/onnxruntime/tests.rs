@@ -38,14 +38,15 @@ fn artifact(path: PathBuf, inputs: Vec<TensorSpec>, outputs: Vec<TensorSpec>) ->
         signature: Signature { inputs, outputs },
         ..Description::default()
     };
-    Artifact { path, description: Arc::new(description) }
+    Artifact { path, description: Arc::new(crate::backend::Description::Onnx(description)) }
 }
 
 /// A trap model as the registry would describe it.
 fn trap(name: &str) -> Artifact {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/traps").join(name).join("1/model.onnx");
     let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    Artifact { path, description: Arc::new(Description::read(bytes.into()).unwrap()) }
+    let description = Description::read(bytes.into()).unwrap();
+    Artifact { path, description: Arc::new(crate::backend::Description::Onnx(description)) }
 }
 
 fn identity(dtype: DataType) -> Artifact {
@@ -136,7 +137,7 @@ fn an_aligned_job_is_lent_and_outputs_outlive_the_instance() {
     assert_eq!((&answer[0], &answer[1]), (&fill(8.0), &fill(2.0)));
 
     // Outputs follow the signature's order and selection, not the file's.
-    let Signature { inputs, outputs } = sum_rows.description.signature.clone();
+    let Signature { inputs, outputs } = sum_rows.description.signature().clone();
     let second = artifact(sum_rows.path, inputs, outputs[1..].to_vec());
     let mut only = self::instance(&runtime, &second);
     assert_eq!(run(&mut only, &[&[fill(5.0), fill(3.0)]]).unwrap(), [fill(2.0)]);
@@ -233,7 +234,7 @@ fn every_trap_loads_with_the_signature_its_file_declares() {
     for name in names {
         let artifact = trap(name.to_str().unwrap());
         let model = runtime.load(&artifact, &ONE_THREAD).unwrap_or_else(|error| panic!("{name:?}: {error}"));
-        assert_eq!(model.signature().inputs, artifact.description.signature.inputs, "{name:?}");
+        assert_eq!(model.signature().inputs, artifact.description.signature().inputs, "{name:?}");
         assert_eq!(model.output_kinds().len(), model.signature().outputs.len(), "{name:?}");
         seen += 1;
     }
@@ -294,7 +295,7 @@ fn a_big_batch_does_not_hold_its_scratch_memory() {
     let jobs: Vec<&[Tensor]> = jobs.iter().map(|job| job.as_slice()).collect();
     let artifact = trap("sentinel");
     let session = session(&runtime.environment, &artifact, &ONE_THREAD).unwrap();
-    let signature = Arc::new(artifact.description.signature.clone());
+    let signature = Arc::new(artifact.description.signature().clone());
     let mut instance = OnnxRuntimeInstance::new(session, signature).unwrap();
     instance.run(&Batch::new(&jobs)).unwrap();
     assert_eq!(instance.scratch[0].capacity(), 0);

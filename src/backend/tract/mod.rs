@@ -54,7 +54,7 @@ impl Backend for Tract {
                 "tract runs on the CPU only, found device {device}: use the backend onnxruntime"
             )));
         }
-        let description = &artifact.description;
+        let description = artifact.onnx(NAME)?;
         refuse_unsuitable(description).map_err(|why| refusal(format!("{why}: use the backend onnxruntime")))?;
         let loaded = load(&artifact.path, description).map_err(|text| refusal(without_folder(text, &artifact.path)))?;
         let mut warnings = loaded.warnings;

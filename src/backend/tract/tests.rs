@@ -11,8 +11,8 @@ use crate::tensor::{DataType, Dim, Shape};
 const CPU: LoadOptions = LoadOptions { device: Device::Cpu, threads: 1 };
 
 fn load_file(path: &Path) -> Result<Arc<dyn Model>, LoadError> {
-    let description = Arc::new(Description::read(std::fs::read(path).unwrap().into())?);
-    Tract.load(&Artifact { path: path.to_owned(), description }, &CPU)
+    let description = crate::backend::Description::Onnx(Description::read(std::fs::read(path).unwrap().into())?);
+    Tract.load(&Artifact { path: path.to_owned(), description: Arc::new(description) }, &CPU)
 }
 
 fn in_repository(path: &str) -> std::path::PathBuf {
@@ -255,8 +255,9 @@ fn every_other_trap_model_loads() {
 #[test]
 fn other_devices_and_threads() {
     let path = in_repository("tests/traps/sentinel/1/model.onnx");
-    let description = Arc::new(Description::read(std::fs::read(&path).unwrap().into()).unwrap());
-    let artifact = Artifact { path, description };
+    let description =
+        crate::backend::Description::Onnx(Description::read(std::fs::read(&path).unwrap().into()).unwrap());
+    let artifact = Artifact { path, description: Arc::new(description) };
     let cuda = LoadOptions { device: Device::Cuda(0), threads: 1 };
     assert!(matches!(Tract.load(&artifact, &cuda), Err(LoadError::Unavailable(text)) if text.contains("onnxruntime")));
     let model = Tract.load(&artifact, &LoadOptions { threads: 4, ..CPU }).unwrap();

@@ -1,0 +1,87 @@
+//! The tensors of a model in this process's own memory, as FP32. Nothing is mapped: a file that shrinks under a map ends
+//! the process.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+
+use crate::backend::LoadError;
+use crate::backend::safetensors::{Place, Stored};
+use crate::error::quoted;
+use crate::tensor::DataType;
+
+/// Bytes that are converted at a time, a multiple of every datatype's size.
+const CONVERTED_BYTES: usize = 1 << 20;
+
+/// Reads tensors by name, each when it is asked for.
+pub struct Tensors<'a> {
+    places: &'a BTreeMap<String, Place>,
+    files: BTreeMap<&'a str, File>,
+}
+
+impl<'a> Tensors<'a> {
+    pub fn open(folder: &Path, places: &'a BTreeMap<String, Place>) -> Result<Tensors<'a>, LoadError> {
+        let mut files = BTreeMap::new();
+        for place in places.values() {
+            if !files.contains_key(&*place.file) {
+                let file = File::open(folder.join(&place.file)).map_err(|error| unreadable(&place.file, &error))?;
+                files.insert(&*place.file, file);
+            }
+        }
+        Ok(Tensors { places, files })
+    }
+
+    pub fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
+        let place = self.place(name)?;
+        // Opened with the places.
+        let file = self.files.get(&*place.file).ok_or_else(|| missing(name))?;
+        floats(file, &place.stored).map_err(|error| unreadable(name, &error))
+    }
+
+    pub fn tensor(&self, name: &str) -> Result<Tensor, LoadError> {
+        let dims = self.place(name)?.stored.dims.as_slice();
+        let tensor = Tensor::from_vec(self.vector(name)?, dims, &Device::Cpu);
+        tensor.map_err(|error| super::refused(format!("tensor `{}`: {error}", quoted(name))))
+    }
+
+    fn place(&self, name: &str) -> Result<&'a Place, LoadError> {
+        self.places.get(name).ok_or_else(|| missing(name))
+    }
+}
+
+/// The description has checked that it is there.
+fn missing(name: &str) -> LoadError {
+    LoadError::BadModel(format!("tensor `{}` is missing", quoted(name)))
+}
+
+fn unreadable(name: &str, error: &io::Error) -> LoadError {
+    LoadError::BadModel(format!("`{}` cannot be read: {error}", quoted(name)))
+}
+
+fn floats(file: &File, stored: &Stored) -> io::Result<Vec<f32>> {
+    if stored.dtype == DataType::Fp32 {
+        let mut floats = vec![0f32; stored.bytes / 4];
+        file.read_exact_at(bytemuck::cast_slice_mut(&mut floats), stored.offset)?;
+        return Ok(floats);
+    }
+    let convert: fn(u16) -> f32 = match stored.dtype {
+        DataType::Fp16 => |bits| f16::from_bits(bits).to_f32(),
+        DataType::Bf16 => |bits| bf16::from_bits(bits).to_f32(),
+        other => return Err(io::Error::other(format!("{other}, expected FP32, FP16 or BF16"))),
+    };
+    let mut floats = Vec::with_capacity(stored.bytes / 2);
+    let mut buffer = vec![0u16; CONVERTED_BYTES.min(stored.bytes) / 2];
+    let mut done = 0;
+    while done < stored.bytes {
+        let part = (stored.bytes - done).min(CONVERTED_BYTES) / 2;
+        file.read_exact_at(bytemuck::cast_slice_mut(&mut buffer[..part]), stored.offset + done as u64)?;
+        floats.extend(buffer[..part].iter().map(|bits| convert(*bits)));
+        done += 2 * part;
+    }
+    Ok(floats)
+}
