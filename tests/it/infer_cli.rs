@@ -172,7 +172,8 @@ fn classes_come_ranked_and_labelled() {
         let labels = std::fs::read_to_string(root().join("models/tumor/labels.txt")).unwrap();
         let labels: Vec<&str> = labels.lines().collect();
         let text = answered(&address, &["tumor", "-o", "probabilities", "--classes", "5", "-i", &row]);
-        let found: Vec<Vec<&str>> = text.lines().skip(1).take(2).map(|line| line.split_whitespace().collect()).collect();
+        let found: Vec<Vec<&str>> =
+            text.lines().skip(1).take(2).map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(text.lines().next(), Some("probabilities  BYTES [1,2]"));
         for (line, class) in found.iter().zip([best, other]) {
             assert_eq!((line[0], line[2]), (&*class.to_string(), labels[class]), "{text}");
