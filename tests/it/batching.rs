@@ -117,26 +117,29 @@ fn requests_of_different_lengths_share_a_batch_and_each_answer_has_its_own_lengt
         let input = |name: &str, data: Vec<usize>| json!({"name": name, "shape": [1, length], "datatype": "INT64", "data": data});
         json!({"inputs": [input("input_ids", ids), input("attention_mask", vec![1; length])]})
     };
-    let answer = |server: &TestServer, length: usize| {
-        let reply = server.infer("encoder", &request(length));
+    let answer = |server: &TestServer, model: &str, length: usize| {
+        let reply = server.infer(model, &request(length));
         assert_eq!(reply.json()["outputs"][0]["shape"][1], json!(length), "{}", reply.text());
         reply.output("last_hidden_state")
     };
-    let models = Models::new().with("encoder");
-    for engine in engines() {
-        models.write("encoder/model.toml", "batching = false");
-        let server = TestServer::of(models.path()).set("engine", engine).start();
-        let alone = LENGTHS.map(|length| answer(&server, length));
+    let onnx = engines().into_iter().map(|engine| ("encoder", engine));
+    for (model, engine) in onnx.chain([("bert", "candle")]) {
+        let models = Models::new().with(model);
+        let choice = if engine == "candle" { "auto" } else { engine };
+        let settings = format!("{model}/model.toml");
+        models.write(&settings, "batching = false");
+        let server = TestServer::of(models.path()).set("engine", choice).start();
+        let alone = LENGTHS.map(|length| answer(&server, model, length));
         drop(server);
         // Nothing runs before all are there: they share one batch for certain.
-        models.write("encoder/model.toml", "[batching]\npreferred_rows = 4\nmax_delay = \"60s\"\n");
-        let server = TestServer::of(models.path()).set("engine", engine).start();
-        let properties = server.get("/v2/models/encoder").json()["properties"].clone();
-        assert_eq!(properties["ragged_batching"], "on", "{properties}");
+        models.write(&settings, "[batching]\npreferred_rows = 4\nmax_delay = \"60s\"\n");
+        let server = TestServer::of(models.path()).set("engine", choice).start();
+        let properties = server.get(&format!("/v2/models/{model}")).json()["properties"].clone();
+        assert_eq!((&properties["ragged_batching"], &properties["backend"]), (&json!("on"), &json!(engine)));
         let together: Vec<Vec<f64>> = thread::scope(|scope| {
             let callers = LENGTHS.map(|length| {
                 let server = &server;
-                scope.spawn(move || answer(server, length))
+                scope.spawn(move || answer(server, model, length))
             });
             callers.into_iter().map(|caller| caller.join().unwrap()).collect()
         });
@@ -144,10 +147,10 @@ fn requests_of_different_lengths_share_a_batch_and_each_answer_has_its_own_lengt
             assert_eq!(alone.len(), together.len());
             assert!(alone.iter().zip(together).all(|(a, b)| (a - b).abs() < 1e-4), "on {engine}");
         }
-        let label = ["model=\"encoder\""];
+        let label = [format!("model=\"{model}\"")];
         let counted = |kind: &str| {
             let kind = format!("kind=\"{kind}\"");
-            server.metrics().sum("tidegate_sequence_positions_total", &[label[0], &kind])
+            server.metrics().sum("tidegate_sequence_positions_total", &[&label[0], &kind])
         };
         assert_eq!((counted("data"), counted("padding")), (42.0, 6.0), "on {engine}");
     }

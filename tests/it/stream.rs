@@ -334,9 +334,9 @@ async fn many_are_in_flight_at_once_and_all_leave_with_their_client() {
     assert_eq!(id_of(&call.answer().await), "fast");
     server.eventually("every place is free", is_at_rest);
 
-    // Half a minute of work.
+    // Ten seconds of work, on one core.
     for i in 0..10 {
-        call.send(slow(&i.to_string(), 1_000_000)).await;
+        call.send(slow(&i.to_string(), 250_000)).await;
     }
     server.eventually("as many as are let in", |server| in_flight(server) == 4.0);
     drop((call, client));
@@ -362,7 +362,7 @@ async fn a_stream_is_over_when_its_time_is() {
     }
     let models = Models::new().with("slow");
     let server = TestServer::of(models.path()).start();
-    let wire = [encoded(&slow("1", 1_000_000)), encoded(&slow("2", 1_000_000))].concat();
+    let wire = [encoded(&slow("1", 250_000)), encoded(&slow("2", 250_000))].concat();
     let (answers, status) = exchange(&server, &[("grpc-timeout", "100m")], Frames::then_silence(wire)).await;
     assert_eq!(status.code(), Code::DeadlineExceeded);
     let errors: Vec<_> = answers.iter().map(|answer| (id_of(answer), &*answer.error_message)).collect();
@@ -370,7 +370,7 @@ async fn a_stream_is_over_when_its_time_is() {
     // One request's own limit is its own affair.
     let hurried = ModelInferRequest {
         parameters: [("timeout".to_string(), parameter(ParameterChoice::Int64Param(1000)))].into(),
-        ..slow("1", 1_000_000)
+        ..slow("1", 250_000)
     };
     let (answers, status) =
         exchange(&server, &[], Frames::of([encoded(&hurried), encoded(&slow("2", 1))].concat())).await;

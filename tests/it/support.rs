@@ -86,11 +86,11 @@ impl Models {
 }
 
 fn source(name: &str) -> PathBuf {
-    ["models", "tests/traps", "tests/traps_bad"]
+    ["models", "tests/traps", "tests/traps_bad", "tests/safetensors/encoders"]
         .iter()
         .map(|folder| root().join(folder).join(name))
         .find(|path| path.is_dir())
-        .unwrap_or_else(|| panic!("no model `{name}` in models/ or tests/traps/"))
+        .unwrap_or_else(|| panic!("no model `{name}` in models/ or below tests/"))
 }
 
 fn copy_tree(from: &Path, to: &Path) {
