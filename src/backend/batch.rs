@@ -180,7 +180,7 @@ mod tests {
             sizes in proptest::collection::vec((1usize..4, 0usize..6), 2..6), width in 1usize..3, fill in any::<u16>(),
         ) {
             let sequence = SequenceAxis { axis: 1, fill: fill.to_le_bytes().into() };
-            let ragged = Ragged { inputs: vec![Some(sequence)], outputs: vec![vec![1]] };
+            let ragged = Ragged { inputs: vec![Some(sequence)], outputs: vec![vec![1]], even: true };
             let part = |(number, (rows, length)): (usize, &(usize, usize))| {
                 let elements = (0..rows * length * width).map(|i| (number * 1000 + i) as u16).collect();
                 [Tensor::from_vec(Shape::new([*rows, *length, width]).unwrap(), elements).unwrap()]

@@ -284,9 +284,18 @@ fn read_ragged(batching: &mut Section) -> RaggedConfig {
     }
     let declared = batching.section("ragged", |section| RaggedConfig::Declared {
         axis: section.count("axis", MAX_RANK as i64).unwrap_or(1),
-        fill: section.read("fill", "a table of numbers by input", read_fill).unwrap_or_default(),
+        fill: read_fills(section),
     });
     declared.unwrap_or_default()
+}
+
+fn read_fills(ragged: &mut Section) -> BTreeMap<String, f64> {
+    const FORM: &str = "a table of numbers by input";
+    let fill = ragged.read("fill", FORM, read_fill);
+    if !ragged.table.contains_key("fill") {
+        ragged.problem("fill", "nothing".into(), FORM.into());
+    }
+    fill.unwrap_or_default()
 }
 
 fn read_fill(value: &Value) -> Option<BTreeMap<String, f64>> {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::invent::{self, Random, Recipe};
 use super::probe::Probe;
-use super::selftest::{RANGES, Tolerance};
+use super::selftest::{RANGES, Tolerance, symbol};
 use crate::tensor::{DataType, Dim, Ragged, SequenceAxis, Shape, Signature, Tensor, TensorSpec};
 
 /// What asking one version may take.
@@ -62,13 +62,15 @@ pub fn decide(
             Err(why) => return Ok(RaggedDecision::no(why)),
         },
     };
-    if !batched {
-        return Ok(RaggedDecision::no("the version is not batched"));
-    }
     let by_hand = matches!(config, RaggedConfig::Declared { .. });
+    match (batched, by_hand) {
+        (true, _) => {}
+        (false, false) => return Ok(RaggedDecision::no("the version is not batched")),
+        (false, true) => return Err("model.toml declares `batching.ragged`, but the version is not batched".into()),
+    }
     match ask(signature, &inputs, probe) {
         Ok(outputs) => Ok(RaggedDecision {
-            plan: Some(Arc::new(Ragged { inputs, outputs })),
+            plan: Some(Arc::new(Ragged { inputs, outputs, even: by_hand })),
             reason: "self-test: every row's answer is the same alone and filled up to a longer one's length".into(),
         }),
         Err(Stop::Changed(why)) if by_hand => {
@@ -84,7 +86,8 @@ pub fn decide(
 
 type Sequences = Vec<Option<SequenceAxis>>;
 
-/// Integer inputs of [rows, length], of which one is a mask, and no other input of any length.
+/// Integer inputs of [rows, length], of which one is a mask, and no other input of any length. Lengths of different
+/// names are those of different sequences (a question's and an answer's).
 fn suggested(signature: &Signature) -> Result<Sequences, String> {
     let is_free = |spec: &TensorSpec| spec.dims.as_ref().is_none_or(|dims| dims.iter().skip(1).any(Dim::is_free));
     if !signature.inputs.iter().any(is_free) {
@@ -93,6 +96,15 @@ fn suggested(signature: &Signature) -> Result<Sequences, String> {
     if !signature.inputs.iter().any(is_mask) {
         return Err("no input is a mask, by its name".into());
     }
+    let mut named = signature.inputs.iter().filter_map(|spec| Some((spec, length_symbol(spec.dims.as_ref()?)?)));
+    if let Some((first, symbol)) = named.next()
+        && let Some((other, differs)) = named.find(|(_, other)| *other != symbol)
+    {
+        return Err(format!(
+            "inputs `{}` and `{}` have lengths of different names, `{symbol}` and `{differs}`",
+            first.name, other.name
+        ));
+    }
     let is_token = |spec: &TensorSpec| matches!(spec.dtype, DataType::Int32 | DataType::Int64) || is_mask(spec);
     let sequence = |spec: &TensorSpec| match (&spec.dims, element(spec.dtype, 0.0)) {
         _ if !is_free(spec) => Ok(None),
@@ -100,6 +112,11 @@ fn suggested(signature: &Signature) -> Result<Sequences, String> {
         _ => Err(format!("input `{}` is not [rows, length] of integers", spec.name)),
     };
     signature.inputs.iter().map(sequence).collect()
+}
+
+/// The name of the second axis, where that is free and named.
+fn length_symbol(dims: &[Dim]) -> Option<&str> {
+    symbol(dims.get(1)?)
 }
 
 fn is_mask(spec: &TensorSpec) -> bool {
@@ -183,7 +200,7 @@ fn attempt(
     let refuses = |why: String| Stop::Open(format!("the model refuses invented inputs: {why}"));
     let alone = rows.iter().map(|row| probe.run(&[row]).map_err(refuses)).collect::<Result<Vec<_>, _>>()?;
     let outputs = along(signature, &alone, lengths)?;
-    let ragged = Ragged { inputs: inputs.clone(), outputs };
+    let ragged = Ragged { inputs: inputs.clone(), outputs, even: true };
     let jobs: Vec<&[Tensor]> = rows.iter().map(Vec::as_slice).collect();
     let together = probe
         .run_padded(&jobs, &ragged)
@@ -334,7 +351,21 @@ mod tests {
         let heeds = || pooling(|mask| mask as f32);
         assert_eq!(decision(&RaggedConfig::Off, heeds()).unwrap().reason, "switched off in model.toml");
         let signature = tokens();
-        let unbatched = decide(&RaggedConfig::Auto, false, &signature, &mut probe(&signature, heeds())).unwrap();
-        assert!(unbatched.plan.is_none());
+        let unbatched = |config: &RaggedConfig| decide(config, false, &signature, &mut probe(&signature, heeds()));
+        assert!(unbatched(&RaggedConfig::Auto).unwrap().plan.is_none());
+        assert!(unbatched(&fill(&[("ids", 0.0), ("attention_mask", 0.0)])).unwrap_err().contains("not batched"));
+    }
+
+    #[test]
+    fn two_sequences_of_different_names_are_not_taken_for_one() {
+        let never = |_: &[Tensor]| -> Result<Vec<Tensor>, RunError> { panic!("not asked") };
+        let mut signature = tokens();
+        let name = |spec: &mut TensorSpec, name: &str| {
+            spec.dims = Some(vec![Dim::Free(Some("batch".into())), Dim::Free(Some(name.into()))]);
+        };
+        name(&mut signature.inputs[0], "question");
+        name(&mut signature.inputs[1], "answer");
+        let decided = decide(&RaggedConfig::Auto, true, &signature, &mut probe(&signature, never)).unwrap();
+        assert!(decided.reason.contains("lengths of different names, `question` and `answer`"), "{decided:?}");
     }
 }

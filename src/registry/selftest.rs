@@ -116,9 +116,13 @@ fn no_shared_rows(signature: &Signature) -> Option<String> {
     })
 }
 
-/// The leading dimension's name, if a person gave it one: tf2onnx numbers unknown dimensions `unk__1`, `unk__2`, ….
 fn leading_symbol(dims: &[Dim]) -> Option<&str> {
-    match dims.first()? {
+    symbol(dims.first()?)
+}
+
+/// A dimension's name, if a person gave it one: tf2onnx numbers unknown dimensions `unk__1`, `unk__2`, ….
+pub(super) fn symbol(dim: &Dim) -> Option<&str> {
+    match dim {
         Dim::Free(Some(symbol)) if !symbol.starts_with("unk__") => Some(symbol),
         _ => None,
     }

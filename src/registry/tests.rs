@@ -157,7 +157,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 fn row(width: usize) -> (Prepared, Permit) {
     let tensor = Tensor::from_vec(Shape::new([1, width]).unwrap(), vec![1f32; width]).unwrap();
     let prepared = Prepared {
-        length: 0,
+        length: None,
         inputs: vec![tensor],
         outputs: vec![0],
         rows: 1,

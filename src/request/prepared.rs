@@ -29,8 +29,8 @@ pub struct Prepared {
     pub rows: usize,
     /// Requests whose keys are equal may share a batch: see [`batch_key`].
     pub key: Box<[usize]>,
-    /// Of its sequences, where requests of different lengths may share a batch; otherwise 0.
-    pub length: usize,
+    /// Of its sequences, where it may share a batch with requests of other lengths.
+    pub length: Option<usize>,
     pub deadline: Option<Instant>,
     pub priority: Priority,
 }
@@ -56,11 +56,15 @@ impl Prepared {
         if let Some(max) = batching.max_batch_size.filter(|max| rows > *max) {
             return Err(Error::invalid(format!("inference request batch-size must be <= {max} for '{model}'")));
         }
-        let length = batching.ragged.map_or(Ok(0), |ragged| common_length(ragged, &inputs, signature, &model))?;
+        let length = batching.ragged.map_or(Ok(None), |ragged| common_length(ragged, &inputs, signature, &model))?;
         Ok(Prepared {
             outputs: resolve_outputs(&outputs, signature, &model)?,
             rows,
-            key: if batching.enabled { batch_key(&inputs, signature, batching.ragged, length) } else { Box::default() },
+            key: if batching.enabled {
+                batch_key(&inputs, signature, batching.ragged.zip(length))
+            } else {
+                Box::default()
+            },
             length,
             inputs,
             deadline: timeout.and_then(|timeout| permit.arrived().checked_add(timeout)),
@@ -72,8 +76,8 @@ impl Prepared {
 /// The extents of all free dimensions but the leading ones, after the rank where none is declared: `[2, 3]` beside `[4]`
 /// is not `[2]` beside `[3, 4]`. Of axes along sequences only the bucket that their length falls into. Empty for a model
 /// whose rows have a fixed shape.
-pub fn batch_key(inputs: &[Tensor], signature: &Signature, ragged: Option<&Ragged>, length: usize) -> Box<[usize]> {
-    let sequence_axis = |position: usize| Some(ragged?.inputs.get(position)?.as_ref()?.axis);
+pub fn batch_key(inputs: &[Tensor], signature: &Signature, ragged: Option<(&Ragged, usize)>) -> Box<[usize]> {
+    let sequence_axis = |position: usize| Some(ragged?.0.inputs.get(position)?.as_ref()?.axis);
     let mut key = Vec::new();
     for (position, (tensor, spec)) in inputs.iter().zip(&signature.inputs).enumerate() {
         let dims = tensor.shape().dims();
@@ -89,7 +93,7 @@ pub fn batch_key(inputs: &[Tensor], signature: &Signature, ragged: Option<&Ragge
             }
         }
     }
-    key.extend(ragged.map(|_| bucket(length)));
+    key.extend(ragged.map(|(_, length)| bucket(length)));
     key.into()
 }
 
@@ -167,15 +171,20 @@ fn common_rows(inputs: &[Tensor], signature: &Signature, model: &str) -> Result<
     }
 }
 
-fn common_length(ragged: &Ragged, inputs: &[Tensor], signature: &Signature, model: &str) -> Result<usize> {
-    ragged.length(inputs).map_err(|Uneven { first: (first, expected), other: (other, found) }| {
-        let name = |position: usize| &signature.inputs[position].name;
-        Error::invalid(format!(
-            "input '{}' has length {found} for model '{model}', but input '{}' has {expected}",
-            name(other),
-            name(first)
-        ))
-    })
+/// The length of a request's sequences; `None` where they are uneven and need not be even.
+fn common_length(ragged: &Ragged, inputs: &[Tensor], signature: &Signature, model: &str) -> Result<Option<usize>> {
+    match ragged.length(inputs) {
+        Ok(length) => Ok(Some(length)),
+        Err(_) if !ragged.even => Ok(None),
+        Err(Uneven { first: (first, expected), other: (other, found) }) => {
+            let name = |position: usize| &signature.inputs[position].name;
+            Err(Error::invalid(format!(
+                "input '{}' has length {found} for model '{model}', but input '{}' has {expected}",
+                name(other),
+                name(first)
+            )))
+        }
+    }
 }
 
 fn resolve_outputs(names: &[String], signature: &Signature, model: &str) -> Result<Vec<usize>> {
@@ -342,27 +351,31 @@ mod tests {
     fn lengths_of_one_bucket_share_a_key_and_must_agree_within_a_request() {
         let signature = signature(&[("ids", &[-1, -1]), ("mask", &[-1, -1]), ("image", &[-1, -1])]);
         let along = || Some(SequenceAxis { axis: 1, fill: [0; 4].into() });
-        let ragged = Ragged { inputs: vec![along(), along(), None], outputs: vec![vec![], vec![]] };
-        let batching = Batching { ragged: Some(&ragged), ..BATCHED };
-        let check = |ids: usize, mask: usize, image: usize| {
+        let ragged = Ragged { inputs: vec![along(), along(), None], outputs: vec![vec![], vec![]], even: true };
+        let free = Ragged { even: false, ..ragged.clone() };
+        let check_by = |ragged: &Ragged, ids: usize, mask: usize, image: usize| {
+            let batching = Batching { ragged: Some(ragged), ..BATCHED };
             let sent = vec![("ids", tensor(&[1, ids])), ("mask", tensor(&[1, mask])), ("image", tensor(&[1, image]))];
             check_with(sent, &[], &signature, batching)
         };
+        let check = |ids: usize, mask: usize, image: usize| check_by(&ragged, ids, mask, image);
         let key = |length: usize, image: usize| check(length, length, image).unwrap().key;
-        assert_eq!((key(9, 5), check(9, 9, 5).unwrap().length), (key(12, 5), 9));
+        assert_eq!((key(9, 5), check(9, 9, 5).unwrap().length), (key(12, 5), Some(9)));
         assert_ne!(key(12, 5), key(13, 5));
         assert_ne!(key(12, 5), key(12, 6), "other free axes must be equal");
         assert_eq!(
             check(9, 7, 5).unwrap_err().message(),
             "input 'mask' has length 7 for model 'm', but input 'ids' has 9"
         );
+        let uneven = check_by(&free, 9, 7, 5).unwrap();
+        assert_eq!((&*uneven.key, uneven.length), (&[9, 7, 5][..], None), "shares a batch with its like only");
     }
 
     #[test]
     fn inputs_of_undeclared_rank_share_a_batch_only_at_equal_ranks() {
         let mut undeclared = signature(&[("a", &[]), ("b", &[])]);
         undeclared.inputs.iter_mut().for_each(|spec| spec.dims = None);
-        let key = |a: &[usize], b: &[usize]| batch_key(&[tensor(a), tensor(b)], &undeclared, None, 0);
+        let key = |a: &[usize], b: &[usize]| batch_key(&[tensor(a), tensor(b)], &undeclared, None);
         assert_eq!(key(&[1, 2, 3], &[1, 4]), key(&[5, 2, 3], &[5, 4]));
         assert_ne!(key(&[1, 2, 3], &[1, 4]), key(&[1, 2], &[1, 3, 4]));
         assert_ne!(key(&[1, 2, 2], &[1]), key(&[1, 2], &[1, 2]));

@@ -155,7 +155,7 @@ struct Job {
     inputs: Vec<Tensor>,
     outputs: Vec<usize>,
     rows: usize,
-    length: usize,
+    length: Option<usize>,
     deadline: Option<Instant>,
     submitted: Instant,
     permit: Permit,

@@ -170,7 +170,7 @@ impl Bench {
 
     fn prepared(values: &[f32]) -> Prepared {
         Prepared {
-            length: 0,
+            length: None,
             inputs: vec![tensor(values)],
             outputs: vec![0],
             rows: values.len(),
@@ -329,12 +329,12 @@ async fn keys_never_mix_and_priority_goes_first() {
 #[tokio::test]
 async fn requests_of_different_lengths_share_a_batch_and_get_their_own_back() {
     let sequence = SequenceAxis { axis: 1, fill: 9f32.to_le_bytes().into() };
-    let ragged = Ragged { inputs: vec![Some(sequence)], outputs: vec![vec![1], vec![1]] };
+    let ragged = Ragged { inputs: vec![Some(sequence)], outputs: vec![vec![1], vec![1]], even: true };
     let bench = Bench::new(Config { ragged: Some(Arc::new(ragged)), ..Bench::config() });
     let first = bench.occupy();
     let row = |values: &[f32]| {
         let input = Tensor::from_vec(Shape::new([1, values.len()]).unwrap(), values.to_vec()).unwrap();
-        bench.send(Prepared { inputs: vec![input], rows: 1, length: values.len(), ..Bench::prepared(&[0.0]) })
+        bench.send(Prepared { inputs: vec![input], rows: 1, length: Some(values.len()), ..Bench::prepared(&[0.0]) })
     };
     let waiting = [row(&[1.0, 2.0, 3.0]), row(&[4.0, 5.0])];
     bench.script.release();

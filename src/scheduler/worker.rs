@@ -397,11 +397,11 @@ struct Positions {
 
 impl Positions {
     fn of(jobs: &[Job]) -> Positions {
-        let longest = jobs.iter().map(|job| job.length).max().unwrap_or(0);
+        let longest = jobs.iter().filter_map(|job| job.length).max().unwrap_or(0);
         let sum = |each: &dyn Fn(&Job) -> usize| jobs.iter().map(each).fold(0, usize::saturating_add);
         Positions {
-            data: sum(&|job| job.rows.saturating_mul(job.length)),
-            padding: sum(&|job| job.rows.saturating_mul(longest - job.length)),
+            data: sum(&|job| job.rows.saturating_mul(job.length.unwrap_or(0))),
+            padding: sum(&|job| job.rows.saturating_mul(job.length.map_or(0, |length| longest - length))),
         }
     }
 }
@@ -415,10 +415,11 @@ fn split(outputs: &[Tensor], jobs: &[Job], ragged: Option<&Ragged>) -> Option<Ve
     let rows: Vec<usize> = jobs.iter().map(|job| job.rows).collect();
     let cut = |(position, output): (usize, &Tensor)| {
         let parts = output.split_rows(&rows)?;
-        match ragged {
-            None => Some(parts),
-            Some(ragged) => parts.iter().zip(jobs).map(|(part, job)| ragged.cut(position, part, job.length)).collect(),
-        }
+        let cut = |(part, job): (Tensor, &Job)| match ragged.zip(job.length) {
+            None => Some(part),
+            Some((ragged, length)) => ragged.cut(position, &part, length),
+        };
+        parts.into_iter().zip(jobs).map(cut).collect()
     };
     outputs.iter().enumerate().map(cut).collect()
 }

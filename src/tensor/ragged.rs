@@ -21,6 +21,9 @@ pub struct Ragged {
     pub inputs: Vec<Option<SequenceAxis>>,
     /// Per output of the signature: its axes that run along the sequence, to be cut back to the row's length.
     pub outputs: Vec<Vec<usize>>,
+    /// Whether all sequences of a request must be equally long: so declared. Otherwise a request of uneven ones is not
+    /// filled up.
+    pub even: bool,
 }
 
 /// Two inputs of one request whose sequences are not equally long.
@@ -54,13 +57,13 @@ impl Ragged {
 }
 
 /// The longest length of the bucket that `length` falls into: powers of two, and three quarters of them. The longest of
-/// a bucket is at most half again as long as the shortest. Empty sequences have a bucket of their own.
+/// a bucket is at most half again as long as the shortest.
 pub fn bucket(length: usize) -> usize {
-    if length == 0 {
-        return 0;
+    if length < 4 {
+        return length;
     }
     // No length is near the largest power of two: a shape's elements are counted in an `isize`.
-    let whole = length.max(4).next_power_of_two();
+    let whole = length.next_power_of_two();
     let three_quarters = whole / 4 * 3;
     if length <= three_quarters { three_quarters } else { whole }
 }
@@ -84,10 +87,10 @@ mod tests {
     fn buckets_waste_little_and_never_shrink() {
         assert_eq!(
             [0, 1, 3, 4, 5, 6, 7, 8, 9, 12, 13, 33, 48, 49].map(bucket),
-            [0, 3, 3, 4, 6, 6, 8, 8, 12, 12, 16, 48, 48, 64]
+            [0, 1, 3, 4, 6, 6, 8, 8, 12, 12, 16, 48, 48, 64]
         );
         let shortest = |longest: usize| (1..=longest).find(|length| bucket(*length) == longest).unwrap();
-        for length in 4..5000 {
+        for length in 1..5000 {
             let longest = bucket(length);
             assert!(longest >= length && bucket(longest) == longest && longest <= bucket(length + 1));
             assert!(longest * 2 <= shortest(longest) * 3, "{length}");
@@ -96,7 +99,7 @@ mod tests {
 
     #[test]
     fn all_sequences_of_a_request_are_equally_long() {
-        let ragged = Ragged { inputs: vec![along(1), None, along(2)], outputs: vec![] };
+        let ragged = Ragged { inputs: vec![along(1), None, along(2)], outputs: vec![], even: true };
         assert_eq!(ragged.length(&[tensor(&[2, 5]), tensor(&[2, 9]), tensor(&[2, 1, 5])]), Ok(5));
         assert_eq!(
             ragged.length(&[tensor(&[2, 5]), tensor(&[2, 9]), tensor(&[2, 1, 4])]),
@@ -106,7 +109,7 @@ mod tests {
 
     #[test]
     fn outputs_are_cut_along_every_sequence_axis() {
-        let ragged = Ragged { inputs: vec![], outputs: vec![vec![1, 3], vec![]] };
+        let ragged = Ragged { inputs: vec![], outputs: vec![vec![1, 3], vec![]], even: true };
         let cut = ragged.cut(0, &tensor(&[2, 3, 1, 3]), 2).unwrap();
         assert_eq!(cut.shape().dims(), [2, 2, 1, 2]);
         assert_eq!(cut.to_vec::<i64>().unwrap(), [0, 1, 3, 4, 9, 10, 12, 13]);
