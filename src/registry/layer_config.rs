@@ -166,8 +166,7 @@ fn read_kind(section: &mut Section, class: &str) -> Option<Kind> {
             let axes = if class == "AdaptiveAvgPool1d" { Axes::One } else { Axes::Two };
             let expected = "1, the only size there is here";
             let one = |value: &Value| pair(value, axes, 1).filter(|sizes| *sizes == [1, 1]);
-            needed(section, "output_size", expected, one)?;
-            Some(Kind::GlobalAveragePool(axes))
+            needed(section, "output_size", expected, one).map(|_| Kind::GlobalAveragePool(axes))
         }
         "Embedding" => {
             let (rows, width) = (size(section, "num_embeddings"), size(section, "embedding_dim"));
@@ -249,7 +248,7 @@ fn read_conv(section: &mut Section, axes: Axes) -> Option<Kind> {
 
 fn read_pool(section: &mut Section, axes: Axes, maximum: bool) -> Option<Kind> {
     let kernel = needed(section, "kernel_size", pair_form(axes), |value| pair(value, axes, 1));
-    let stride = section.read("stride", pair_form(axes), |value| pair(value, axes, 1)).or(kernel)?;
+    let stride = section.read("stride", pair_form(axes), |value| pair(value, axes, 1));
     let padding = section.read("padding", pair_form(axes), |value| pair(value, axes, 0));
     let padding = padding.map_or([0, 0], |padding| over(axes, padding));
     let ceil = switch(section, "ceil_mode", false);
@@ -259,7 +258,7 @@ fn read_pool(section: &mut Section, axes: Axes, maximum: bool) -> Option<Kind> {
     } else {
         Pooled::Average { count_padding: switch(section, "count_include_pad", true) }
     };
-    let kernel = kernel?;
+    let (kernel, stride) = (kernel?, stride.or(kernel)?);
     if (0..2).any(|axis| 2 * padding[axis] > kernel[axis]) {
         section.problem("padding", format!("{padding:?}"), format!("at most half of the kernel's {kernel:?}"));
         return None;
@@ -397,6 +396,11 @@ mod tests {
         assert!(problem(same).contains("\"same\" with a stride of 1"));
         assert!(problem("type = \"MaxPool2d\"; kernel_size = 2; padding = 2").contains("at most half"));
         assert!(problem("type = \"AdaptiveAvgPool2d\"; output_size = 2").contains("the only size"));
+        let lone = "type = \"MaxPool2d\"; padding = 1; ceil_mode = true; dilation = 2";
+        assert_eq!(
+            problem(lone),
+            "model.toml: `layers[0].kernel_size`: found nothing, expected a whole number, or one for each axis"
+        );
         let both = parse("[[layers]]\ntype = \"Softmax\"\n[[layers]]\ntype = \"Linear\"").unwrap_err();
         assert!(both.contains("`layers[0].dim`") && both.contains("`layers[1].out_features`"), "{both}");
         let lone = ModelConfig::parse("output = \"y\"").unwrap_err().to_string();

@@ -2,6 +2,8 @@
 //!
 //! Padding has no influence on other tokens: what a mask leaves out gets the lowest score there is before the softmax.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::sequential::{embed, linear};
@@ -27,6 +29,19 @@ pub struct Tokens {
     pub mask: Vec<u32>,
     /// Below the number of types; all 0 where it is `None`.
     pub types: Option<Vec<u32>>,
+}
+
+impl Tokens {
+    pub fn slice(&self, rows: Range<usize>) -> Tokens {
+        let part = |values: &[u32]| values[rows.start * self.length..rows.end * self.length].to_vec();
+        Tokens {
+            rows: rows.len(),
+            length: self.length,
+            ids: part(&self.ids),
+            mask: part(&self.mask),
+            types: self.types.as_deref().map(part),
+        }
+    }
 }
 
 /// The weights, immutable.

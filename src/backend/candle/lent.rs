@@ -1,8 +1,8 @@
 //! Pools of threads, lent for a run and given back.
 //!
 //! candle shares its work out among the threads of the rayon pool that it is called in, and outside of any it takes every
-//! core there is. A pool of each instance's own would keep threads for every model that is loaded; lent, there are as
-//! many as ever ran at once, which the compute gate bounds.
+//! core there is. A pool of each instance's own would keep threads for every model that is loaded; lent, there are,
+//! for each number of threads that a model asks for, as many as ever ran at once with it, which the compute gate bounds.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

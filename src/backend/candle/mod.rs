@@ -3,6 +3,9 @@
 //! Owns the weights in memory and the arithmetic of layers and encoders; what they are and whether the files fit is known
 //! from [`safetensors`](super::safetensors). Nothing else in the crate names candle, or the libraries it computes with.
 //!
+//! Invariant: no tensor on the way to an answer, nor the answer, has more elements than [`MAX_ELEMENTS`]: rows are computed
+//! in slices that are small enough, and a request that cannot be is refused before anything is computed.
+//!
 //! Threads: a network is immutable and shared by all instances of a version. A run computes in a pool of as many threads
 //! as the version was loaded for, [lent](lent) for the run; the caller's thread waits.
 
@@ -13,9 +16,10 @@ mod product;
 mod sequential;
 mod tensors;
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::Tensor as Computed;
+use candle_core::{Storage, Tensor as Computed};
 
 use super::safetensors::Architecture;
 use super::safetensors::encoder::{ATTENTION_MASK, Encoder, INPUT_IDS, TOKEN_TYPE_IDS};
@@ -33,10 +37,20 @@ const NAME: &str = "candle";
 /// As pinned in `Cargo.toml`; candle does not tell its own version.
 const VERSION: &str = "0.11.1";
 
+/// The most elements of one tensor, 1 GiB of FP32. A handful of the size may be alive at a time in each instance.
+const MAX_ELEMENTS: usize = 1 << 28;
+
 /// The engine. Clones share the pools of threads.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Candle {
     pools: Pools,
+    max_elements: usize,
+}
+
+impl Default for Candle {
+    fn default() -> Candle {
+        Candle { pools: Pools::default(), max_elements: MAX_ELEMENTS }
+    }
 }
 
 impl Backend for Candle {
@@ -60,15 +74,18 @@ impl Backend for Candle {
         let tensors = Tensors::open(&artifact.path, &description.places)?;
         let network = match &description.architecture {
             Architecture::Sequential(declared) => {
-                Computing::Sequential { network: Network::load(declared, &tensors)?, declared: declared.clone() }
+                let coupled = description.couples_rows.is_some();
+                let network = Network::load(declared, &tensors)?;
+                Computing::Sequential { network, declared: declared.clone(), coupled }
             }
             Architecture::Encoder(declared) => {
                 let network = Box::new(EncoderNetwork::load(declared, &tensors)?);
                 Computing::Encoder { network, declared: declared.clone() }
             }
         };
+        let (signature, max_elements) = (description.signature.clone(), self.max_elements);
         let model = CandleModel {
-            shared: Arc::new(Shared { network, signature: description.signature.clone() }),
+            shared: Arc::new(Shared { network, signature, max_elements }),
             output_kinds: description.output_kinds.clone(),
             warnings: description.warnings.clone(),
             threads: options.threads,
@@ -99,11 +116,20 @@ struct CandleModel {
 struct Shared {
     network: Computing,
     signature: Signature,
+    max_elements: usize,
 }
 
 enum Computing {
-    Sequential { network: Network, declared: Sequential },
-    Encoder { network: Box<EncoderNetwork>, declared: Encoder },
+    /// Where rows are coupled, all are computed at once.
+    Sequential {
+        network: Network,
+        declared: Sequential,
+        coupled: bool,
+    },
+    Encoder {
+        network: Box<EncoderNetwork>,
+        declared: Encoder,
+    },
 }
 
 impl Model for CandleModel {
@@ -139,8 +165,10 @@ impl Instance for CandleInstance {
     fn run(&mut self, batch: &Batch) -> Result<Vec<Tensor>, RunError> {
         let shared = &self.shared;
         let run = || match &shared.network {
-            Computing::Sequential { network, declared } => run_sequential(network, declared, batch),
-            Computing::Encoder { network, declared } => run_encoder(network, declared, batch, &shared.signature),
+            Computing::Sequential { network, declared, coupled } => {
+                run_sequential(network, declared, *coupled, batch, shared.max_elements)
+            }
+            Computing::Encoder { network, declared } => run_encoder(network, declared, batch, shared),
         };
         self.pools
             .run(self.threads, run)
@@ -148,16 +176,25 @@ impl Instance for CandleInstance {
     }
 }
 
-fn run_sequential(network: &Network, declared: &Sequential, batch: &Batch) -> Result<Vec<Tensor>, RunError> {
+fn run_sequential(
+    network: &Network,
+    declared: &Sequential,
+    coupled: bool,
+    batch: &Batch,
+    max_elements: usize,
+) -> Result<Vec<Tensor>, RunError> {
     let input = batch.input(0);
     let name = &declared.input.name;
+    let blamed =
+        |reason: String| RunError::InvalidArgument(format!("input \"{name}\" of shape {}: {reason}", input.shape()));
     // Free extents behind the rows may be too small for a kernel: the shapes are gone through before anything is computed.
-    let shape = declared.output_shape(&input.shape()).map_err(|reason| {
-        RunError::InvalidArgument(format!("input \"{name}\" of shape {}: {reason}", input.shape()))
-    })?;
-    if shape.elements() == 0 {
-        return Ok(vec![empty(shape)?]);
-    }
+    let shape = declared.output_shape(&input.shape()).map_err(blamed)?;
+    let rows = input.shape().rows().unwrap_or(1);
+    let least = if coupled { rows.max(1) } else { 1 };
+    let slice = input.shape().with_rows(least).map_err(|error| blamed(error.to_string()))?;
+    let largest = declared.most_elements(&slice).map_err(blamed)?;
+    let slices = slices_of(least, largest, max_elements).map_err(blamed)?;
+    let joined = Joined::new(vec![shape], max_elements)?;
     let embedded = declared.layers.iter().find_map(|layer| match layer.kind {
         Kind::Embedding { rows, .. } => Some(rows),
         _ => None,
@@ -167,16 +204,17 @@ fn run_sequential(network: &Network, declared: &Sequential, batch: &Batch) -> Re
         Some(rows) => Computed::from_vec(indices(&input, name, rows)?, dims, &candle_core::Device::Cpu),
         None => Computed::from_vec(elements::<f32>(&input), dims, &candle_core::Device::Cpu),
     };
-    let y = x.and_then(|x| network.forward(x)).map_err(run_error)?;
-    Ok(vec![export(&y)?])
+    let x = x.map_err(run_error)?;
+    joined.compute(rows, slices, |slice| Ok(vec![network.forward(x.narrow(0, slice.start, slice.len())?)?]))
 }
 
 fn run_encoder(
     network: &EncoderNetwork,
     declared: &Encoder,
     batch: &Batch,
-    signature: &Signature,
+    shared: &Shared,
 ) -> Result<Vec<Tensor>, RunError> {
+    let signature = &shared.signature;
     let shape = batch.input(0).shape();
     let &[rows, length] = shape.dims() else {
         return Err(RunError::Failed(format!("input {INPUT_IDS:?} of shape {shape}, expected [rows, tokens]")));
@@ -193,9 +231,11 @@ fn run_encoder(
         let message = format!("input {INPUT_IDS:?} has {length} tokens in a row, expected 1 to {most}");
         return Err(RunError::InvalidArgument(message));
     }
-    if rows == 0 {
-        return signature.outputs.iter().map(|spec| empty(without_rows(spec, length)?)).collect();
-    }
+    let slices = slices_of(1, declared.row_elements(length), shared.max_elements).map_err(|reason| {
+        RunError::InvalidArgument(format!("input {INPUT_IDS:?} has {length} tokens in a row: {reason}"))
+    })?;
+    let shapes = signature.outputs.iter().map(|spec| output_shape(spec, rows, length)).collect::<Result<_, _>>()?;
+    let joined = Joined::new(shapes, shared.max_elements)?;
     let tokens = Tokens {
         rows,
         length,
@@ -212,7 +252,64 @@ fn run_encoder(
         let message = format!("input {INPUT_IDS:?} has {found} tokens in a row, expected 1 to {most}");
         return Err(RunError::InvalidArgument(message));
     }
-    network.forward(&tokens).map_err(run_error)?.iter().map(export).collect()
+    joined.compute(rows, slices, |slice| network.forward(&tokens.slice(slice)))
+}
+
+/// How many rows are computed at once, where `least` of them need a tensor of `largest` elements.
+fn slices_of(least: usize, largest: usize, max_elements: usize) -> Result<usize, String> {
+    match max_elements / largest.max(1) {
+        0 if least == 1 => Err(format!("a row needs a tensor of {largest} elements, expected at most {max_elements}")),
+        0 => Err(format!(
+            "{least} rows, which this model couples, need a tensor of {largest} elements, expected at most {max_elements}"
+        )),
+        times => Ok(least.saturating_mul(times)),
+    }
+}
+
+/// The outputs of all rows, filled slice by slice.
+struct Joined {
+    shapes: Vec<Shape>,
+    outputs: Vec<Vec<f32>>,
+}
+
+impl Joined {
+    fn new(shapes: Vec<Shape>, max_elements: usize) -> Result<Joined, RunError> {
+        if let Some(shape) = shapes.iter().find(|shape| shape.elements() > max_elements) {
+            let elements = shape.elements();
+            return Err(RunError::InvalidArgument(format!(
+                "the answer has an output of shape {shape}, {elements} elements, expected at most {max_elements}"
+            )));
+        }
+        let outputs = shapes.iter().map(|shape| Vec::with_capacity(shape.elements())).collect();
+        Ok(Joined { shapes, outputs })
+    }
+
+    /// An answer without elements needs nothing computed.
+    fn compute(
+        mut self,
+        rows: usize,
+        at_once: usize,
+        mut compute: impl FnMut(Range<usize>) -> candle_core::Result<Vec<Computed>>,
+    ) -> Result<Vec<Tensor>, RunError> {
+        let rows = if self.shapes.iter().all(|shape| shape.elements() == 0) { 0 } else { rows };
+        for from in (0..rows).step_by(at_once) {
+            let computed = compute(from..rows.min(from.saturating_add(at_once))).map_err(run_error)?;
+            for (output, computed) in self.outputs.iter_mut().zip(&computed) {
+                append(output, computed).map_err(run_error)?;
+            }
+        }
+        let tensors = self.shapes.into_iter().zip(self.outputs).map(|(shape, output)| Tensor::from_vec(shape, output));
+        tensors.collect::<Result<_, _>>().map_err(|error| RunError::Failed(error.to_string()))
+    }
+}
+
+/// One copy into memory that the answer owns.
+fn append(output: &mut Vec<f32>, computed: &Computed) -> candle_core::Result<()> {
+    let computed = computed.contiguous()?;
+    let (storage, layout) = computed.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { candle_core::bail!("a tensor elsewhere than on the CPU") };
+    output.extend_from_slice(ops::elements(storage, layout)?);
+    Ok(())
 }
 
 /// The joined elements, copied once into memory of candle's own.
@@ -238,21 +335,9 @@ fn indices(input: &BatchInput, name: &str, count: usize) -> Result<Vec<u32>, Run
     wide.into_iter().map(checked).collect()
 }
 
-/// One copy into memory that the answer owns.
-fn export(tensor: &Computed) -> Result<Tensor, RunError> {
-    let shape = Shape::new(tensor.dims()).map_err(|error| RunError::Failed(error.to_string()))?;
-    let elements = tensor.flatten_all().and_then(|flat| flat.to_vec1::<f32>()).map_err(run_error)?;
-    Tensor::from_vec(shape, elements).map_err(|error| RunError::Failed(error.to_string()))
-}
-
-/// The answer to no rows.
-fn empty(shape: Shape) -> Result<Tensor, RunError> {
-    Tensor::from_vec(shape, Vec::<f32>::new()).map_err(|error| RunError::Failed(error.to_string()))
-}
-
-/// An output's shape for no rows of that many tokens.
-fn without_rows(spec: &TensorSpec, length: usize) -> Result<Shape, RunError> {
-    let extent = |(axis, wire): (usize, i64)| if axis == 0 { 0 } else { usize::try_from(wire).unwrap_or(length) };
+/// An output's shape for rows of that many tokens.
+fn output_shape(spec: &TensorSpec, rows: usize, length: usize) -> Result<Shape, RunError> {
+    let extent = |(axis, wire): (usize, i64)| if axis == 0 { rows } else { usize::try_from(wire).unwrap_or(length) };
     let dims: Vec<usize> = spec.to_wire().into_iter().enumerate().map(extent).collect();
     Shape::new(dims).map_err(|error| RunError::Failed(error.to_string()))
 }

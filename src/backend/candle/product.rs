@@ -11,8 +11,13 @@ use rayon::prelude::*;
 use super::ops::elements;
 use crate::backend::safetensors::layers::Conv;
 
-/// Elements of the patches that one image's convolution lays out at a time.
+/// Elements of the patches that one image's convolution lays out at a time, if not a single patch has more.
 const PATCH_ELEMENTS: usize = 1 << 18;
+
+/// How many of the output's positions are computed at a time, with a patch of `inner` elements for each.
+fn band(inner: usize, positions: usize) -> usize {
+    (PATCH_ELEMENTS / inner.max(1)).clamp(1, positions.max(1))
+}
 
 /// A matrix by its extents and by how far its next row and its next column are.
 struct Matrix<'a> {
@@ -174,26 +179,26 @@ impl CustomOp2 for Convolution<'_> {
 }
 
 impl Convolution<'_> {
-    /// One image's channels of one group: the patches under the kernel as columns, some rows of the output at a time.
+    /// One image's channels of one group: the patches under the kernel as columns, some of the output's positions at a time.
     fn one(&self, image: &[f32], extents: [usize; 2], weight: &[f32], target: &mut [f32]) {
-        let [rows, columns] = self.extents;
+        let positions = self.extents[0] * self.extents[1];
         let outputs = self.conv.outputs / self.conv.groups;
         let inner = weight.len() / outputs;
-        let band = (PATCH_ELEMENTS / (inner * columns).max(1)).clamp(1, rows.max(1));
-        let mut patches = vec![0f32; inner * band * columns];
-        for top in (0..rows).step_by(band) {
-            let band = band.min(rows - top);
-            let patches = &mut patches[..inner * band * columns];
-            for (row, patches) in patches.chunks_mut(band * columns).enumerate() {
-                self.patch(image, extents, row, top, patches);
+        let band = band(inner, positions);
+        let mut patches = vec![0f32; inner * band];
+        for first in (0..positions).step_by(band) {
+            let count = band.min(positions - first);
+            let patches = &mut patches[..inner * count];
+            for (element, patches) in patches.chunks_mut(count).enumerate() {
+                self.patch(image, extents, element, first, patches);
             }
-            let (weight, patches) = (Matrix::new(weight, outputs, inner), Matrix::new(patches, inner, band * columns));
-            multiply(&weight, &patches, &mut target[top * columns..], rows * columns);
+            let (weight, patches) = (Matrix::new(weight, outputs, inner), Matrix::new(patches, inner, count));
+            multiply(&weight, &patches, &mut target[first..], positions);
         }
     }
 
-    /// What one element of the kernel meets, from the output's row `top` on; zero in the padding.
-    fn patch(&self, image: &[f32], [height, width]: [usize; 2], element: usize, top: usize, patches: &mut [f32]) {
+    /// What one element of the kernel meets, from the output's position `first` on, row by row; zero in the padding.
+    fn patch(&self, image: &[f32], [height, width]: [usize; 2], element: usize, first: usize, patches: &mut [f32]) {
         let conv = self.conv;
         let [kernel_height, kernel_width] = conv.kernel;
         let (channel, within) = (element / (kernel_height * kernel_width), element % (kernel_height * kernel_width));
@@ -202,14 +207,85 @@ impl Convolution<'_> {
         let source = |axis: usize, at: usize, extent: usize| {
             (at * conv.stride[axis] + offsets[axis]).checked_sub(conv.padding(axis).0).filter(|at| *at < extent)
         };
-        for (row, patches) in patches.chunks_mut(self.extents[1]).enumerate() {
-            let Some(y) = source(0, top + row, height) else {
-                patches.fill(0.0);
-                continue;
-            };
-            for (column, value) in patches.iter_mut().enumerate() {
-                *value = source(1, column, width).map_or(0.0, |x| plane[y * width + x]);
+        let columns = self.extents[1];
+        let (mut row, mut left, mut rest) = (first / columns, first % columns, patches);
+        while !rest.is_empty() {
+            let (patches, below) = rest.split_at_mut(rest.len().min(columns - left));
+            match source(0, row, height) {
+                None => patches.fill(0.0),
+                Some(y) => {
+                    for (column, value) in (left..).zip(patches) {
+                        *value = source(1, column, width).map_or(0.0, |x| plane[y * width + x]);
+                    }
+                }
             }
+            (row, left, rest) = (row + 1, 0, below);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::backend::safetensors::layers::Axes;
+
+    #[test]
+    fn patches_are_laid_out_within_the_limit() {
+        for (inner, positions) in [(1024, 16 << 20), (1, 16 << 20), (576, 660), (PATCH_ELEMENTS, 9), (7, 1), (0, 0)] {
+            let laid_out = inner * band(inner, positions);
+            assert!(laid_out <= PATCH_ELEMENTS, "{inner} × {positions}: {laid_out}");
+        }
+        assert_eq!(band(4, 10), 10, "no more than there are positions");
+        assert_eq!(band(2 * PATCH_ELEMENTS, 10), 1, "a patch is not taken apart");
+    }
+
+    /// Convolves one image in several bands and compares every position with the sum that defines it.
+    fn compare(channels: usize, kernel: [usize; 2], input: [usize; 2], padding: [usize; 2]) {
+        let conv = Conv {
+            axes: Axes::Two,
+            inputs: None,
+            outputs: 2,
+            kernel,
+            stride: [1, 1],
+            padding: Some(padding),
+            dilation: 1,
+            groups: 1,
+            bias: false,
+        };
+        let extents = [0, 1].map(|axis| conv.extent(axis, input[axis]).unwrap());
+        let inner = channels * kernel[0] * kernel[1];
+        assert!(band(inner, extents[0] * extents[1]) < extents[0] * extents[1], "one band is no test");
+        // Small whole numbers: sums are exact in any order.
+        let number = |i: usize| (i * 7919 % 13) as f32 - 6.0;
+        let numbers = |dims: [usize; 4]| {
+            let values: Vec<f32> = (0..dims.iter().product()).map(number).collect();
+            Tensor::from_vec(values, dims.to_vec(), &Device::Cpu).unwrap()
+        };
+        let x = numbers([1, channels, input[0], input[1]]);
+        let weight = numbers([2, channels, kernel[0], kernel[1]]);
+        let y = convolve(&x, &weight, &conv, extents).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (i, y) in y.iter().enumerate() {
+            let (output, row, column) = (i / (extents[0] * extents[1]), i / extents[1] % extents[0], i % extents[1]);
+            let mut expected = 0.0;
+            for element in 0..inner {
+                let (channel, within) = (element / (kernel[0] * kernel[1]), element % (kernel[0] * kernel[1]));
+                let at = [row + within / kernel[1], column + within % kernel[1]];
+                let [Some(v), Some(h)] =
+                    [0, 1].map(|axis| at[axis].checked_sub(padding[axis]).filter(|at| *at < input[axis]))
+                else {
+                    continue;
+                };
+                expected += number(output * inner + element) * number((channel * input[0] + v) * input[1] + h);
+            }
+            assert_eq!(*y, expected, "output {output} at {row}, {column}");
+        }
+    }
+
+    #[test]
+    fn bands_that_end_within_a_row_are_computed_as_one() {
+        compare(1, [1, 1024], [1, 1700], [0, 3]);
+        compare(64, [3, 3], [20, 33], [1, 1]);
     }
 }

@@ -50,9 +50,14 @@ fn artifact(folder: &Path, declared: &Declared) -> Artifact {
 }
 
 fn load(sequential: Sequential, dtype: &str, weights: Weights, threads: usize) -> Arc<dyn Model> {
+    load_limited(sequential, dtype, weights, threads, MAX_ELEMENTS)
+}
+
+fn load_limited(s: Sequential, dtype: &str, weights: Weights, threads: usize, max_elements: usize) -> Arc<dyn Model> {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), dtype, weights);
-    Candle::default().load(&artifact(folder.path(), &Declared::Sequential(sequential)), &options(threads)).unwrap()
+    let candle = Candle { max_elements, ..Candle::default() };
+    candle.load(&artifact(folder.path(), &Declared::Sequential(s)), &options(threads)).unwrap()
 }
 
 fn floats(dims: &[usize], values: &[f32]) -> Tensor {
@@ -241,8 +246,13 @@ fn a_nan_stays_one() {
 }
 
 fn encoder(name: &str, config: EncoderConfig) -> Arc<dyn Model> {
+    encoder_limited(name, config, MAX_ELEMENTS)
+}
+
+fn encoder_limited(name: &str, config: EncoderConfig, max_elements: usize) -> Arc<dyn Model> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/safetensors/encoders").join(name).join("1");
-    Candle::default().load(&artifact(&folder, &Declared::Encoder(config)), &options(1)).unwrap()
+    let candle = Candle { max_elements, ..Candle::default() };
+    candle.load(&artifact(&folder, &Declared::Encoder(config)), &options(1)).unwrap()
 }
 
 /// Ids and mask of one row.
@@ -307,4 +317,113 @@ fn token_types_are_an_input_where_they_are_asked_for() {
     assert_ne!(of(&[0, 1, 1]), of(&[0, 0, 0]));
     let message = blamed(run(&typed, &[&[ids.clone(), mask.clone(), integers(&[1, 3], &[0, 2, 0])]]));
     assert_eq!(message, "input \"token_type_ids\" holds 2, expected 0 to 1");
+}
+
+/// A convolution to 24 elements a row, more than go in or come out.
+fn widening() -> (Sequential, Vec<f32>) {
+    let mut widening = conv(Axes::One, [1, 1]);
+    let Kind::Conv(conv) = &mut widening else { panic!() };
+    (conv.outputs, conv.bias) = (6, false);
+    let kinds = [widening, Kind::Flatten { from: 1, to: 2 }, Kind::Linear { inputs: None, outputs: 2, bias: false }];
+    (sequential(&[-1, 2, 4], DataType::Fp32, &kinds), noise(12 + 48, 21))
+}
+
+#[test]
+fn a_layers_rows_are_computed_in_slices() {
+    let (network, values) = widening();
+    let weights: Weights = &[("0.weight", &[6, 2, 1], &values[..12]), ("2.weight", &[2, 24], &values[12..])];
+    let of = |limit| load_limited(network.clone(), "F32", weights, 1, limit);
+    let input = [floats(&[5, 2, 4], &noise(40, 22))];
+    let whole = numbers(&of(MAX_ELEMENTS), &input);
+    for limit in [24, 48, 71, 5 * 24] {
+        let sliced = numbers(&of(limit), &input);
+        assert_eq!(sliced.len(), whole.len());
+        assert!(sliced.iter().zip(&whole).all(|(a, b)| (a - b).abs() < 1e-6), "{limit}: {sliced:?} {whole:?}");
+    }
+    assert_eq!(
+        blamed(run(&of(23), &[&input])),
+        "input \"x\" of shape [5,2,4]: a row needs a tensor of 24 elements, expected at most 23"
+    );
+    assert_eq!(
+        blamed(run(&of(24), &[&[floats(&[13, 2, 4], &[0.5; 104])]])),
+        "the answer has an output of shape [13,2], 26 elements, expected at most 24"
+    );
+    assert!(numbers(&of(24), &[floats(&[0, 2, 4], &[])]).is_empty());
+}
+
+#[test]
+fn slices_have_the_rows_that_the_limit_lets_them() {
+    let ones = |rows: usize| Computed::ones((rows, 1), candle_core::DType::F32, &candle_core::Device::Cpu);
+    let ranges = |rows: usize, at_once: usize| {
+        let mut ranges = Vec::new();
+        let joined = Joined::new(vec![Shape::new([rows, 1]).unwrap()], MAX_ELEMENTS).unwrap();
+        let outputs = joined.compute(rows, at_once, |slice| {
+            ranges.push((slice.start, slice.end));
+            Ok(vec![ones(slice.len())?])
+        });
+        assert_eq!(outputs.unwrap()[0].to_vec::<f32>().unwrap(), vec![1.0; rows]);
+        ranges
+    };
+    assert_eq!(ranges(5, slices_of(1, 10, 29).unwrap()), [(0, 2), (2, 4), (4, 5)]);
+    assert_eq!(ranges(5, slices_of(1, 10, 50).unwrap()), [(0, 5)]);
+    assert_eq!(ranges(5, slices_of(5, 50, 50).unwrap()), [(0, 5)]);
+    assert_eq!(ranges(0, 2), []);
+    // 8192 rows of BERT-base with 512 tokens, as 64 MiB of ids and mask: 12 heads' scores are what is largest.
+    let at_once = slices_of(1, 12 * 512 * 512, MAX_ELEMENTS).unwrap();
+    assert_eq!((at_once, at_once * 12 * 512 * 512 <= MAX_ELEMENTS), (85, true));
+}
+
+/// Sliced, the columns of each slice would sum to 1.
+#[test]
+fn coupled_rows_are_not_taken_apart() {
+    let kinds = [Kind::Softmax { axis: 0, log: false }];
+    let of = |limit| load_limited(sequential(&[-1, 2], DataType::Fp32, &kinds), "F32", &[], 1, limit);
+    let input = [floats(&[4, 2], &[0.0; 8])];
+    assert_eq!(numbers(&of(8), &input), [0.25; 8]);
+    assert_eq!(
+        blamed(run(&of(7), &[&input])),
+        "input \"x\" of shape [4,2]: 4 rows, which this model couples, need a tensor of 8 elements, expected at most 7"
+    );
+}
+
+#[test]
+fn an_encoders_rows_are_computed_in_slices() {
+    let typed = EncoderConfig { token_type_ids: true, ..EncoderConfig::default() };
+    let plain = EncoderConfig::default();
+    for (name, config) in [("bert", &typed), ("bert_sentences", &plain), ("roberta_classes", &plain)] {
+        let of = |limit| encoder_limited(name, config.clone(), limit);
+        let ids: Vec<i64> = (0..7 * 3).map(|i| 2 + i).collect();
+        let mask: Vec<i64> = (0..7 * 3).map(|i| i64::from(i != 11)).collect();
+        let mut inputs = vec![integers(&[7, 3], &ids), integers(&[7, 3], &mask)];
+        if config.token_type_ids {
+            inputs.push(integers(&[7, 3], &mask));
+        }
+        let whole = run(&of(MAX_ELEMENTS), &[&inputs]).unwrap();
+        // The answer's 7 rows of 3 tokens, 16 each, fit as well.
+        let row = 3 * 24;
+        for limit in [5 * row - 1, 5 * row, 7 * row] {
+            let sliced = run(&of(limit), &[&inputs]).unwrap();
+            for (sliced, whole) in sliced.iter().zip(&whole) {
+                assert_eq!(sliced.shape(), whole.shape());
+                let (sliced, whole) = (sliced.to_vec::<f32>().unwrap(), whole.to_vec::<f32>().unwrap());
+                assert!(sliced.iter().zip(&whole).all(|(a, b)| (a - b).abs() < 1e-5), "{name}: {sliced:?} {whole:?}");
+            }
+        }
+        assert_eq!(
+            blamed(run(&of(row - 1), &[&inputs])),
+            "input \"input_ids\" has 3 tokens in a row: a row needs a tensor of 72 elements, expected at most 71"
+        );
+    }
+}
+
+#[test]
+fn the_largest_tensor_of_a_row_is_the_scores_or_a_layer() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/safetensors/encoders/bert/1");
+    let description = Description::read(&folder, &Declared::Encoder(EncoderConfig::default())).unwrap();
+    let Architecture::Encoder(mut base) = description.architecture else { panic!() };
+    (base.heads, base.hidden, base.intermediate) = (12, 768, 3072);
+    assert_eq!(base.row_elements(512), 12 * 512 * 512);
+    assert_eq!(base.row_elements(8), 8 * 3072);
+    base.intermediate = 5;
+    assert_eq!(base.row_elements(8), 8 * 768);
 }

@@ -166,16 +166,15 @@ impl Family {
 }
 
 impl Encoder {
-    fn new(config: &Config, settings: &EncoderConfig, folder: Option<(Pooling, bool)>) -> Result<Encoder, String> {
+    /// `pooled`: how a row's embedding is made, where there is to be one.
+    fn new(config: &Config, settings: &EncoderConfig, pooled: Option<(Pooling, bool)>) -> Result<Encoder, String> {
         let (family, end) = architecture(config)?;
         let padding = config.pad_token_id.unwrap_or(if family == Family::Roberta { 1 } else { 0 });
         let skipped = if family == Family::Roberta { padding + 1 } else { 0 };
         let positions = config.max_position_embeddings;
-        let pooling = settings.pooling.or(folder.map(|(pooling, _)| pooling));
-        let normalize = settings.normalize.or(folder.map(|(_, normalize)| normalize)).unwrap_or(false);
-        let head = match (end, pooling) {
+        let head = match (end, pooled) {
             (End::Classes, _) => Head::Classes { count: classes(config) },
-            (End::Hidden, Some(pooling)) => Head::Embedding { pooling, normalize },
+            (End::Hidden, Some((pooling, normalize))) => Head::Embedding { pooling, normalize },
             (End::Hidden, None) => Head::Hidden,
         };
         let encoder = Encoder {
@@ -221,6 +220,13 @@ impl Encoder {
             return Err("model.toml asks for token_type_ids, which this encoder does not have".into());
         }
         Ok(())
+    }
+
+    /// The elements of the largest tensor that one row of so many tokens needs: the scores of each token for each, or what
+    /// stands between the layers.
+    pub fn row_elements(&self, tokens: usize) -> usize {
+        let scores = self.heads.saturating_mul(tokens);
+        tokens.saturating_mul(scores.max(self.intermediate).max(self.hidden))
     }
 
     pub fn embeddings(&self, part: &str) -> String {
@@ -422,23 +428,53 @@ fn modules(folder: &Path) -> Result<Option<bool>, LoadError> {
     }
 }
 
-/// The file that says how the folder pools, if it does.
-pub fn pooling_file(folder: &Path) -> Result<Option<String>, LoadError> {
+/// The file that says how the folder pools, if it does and that matters.
+pub fn pooling_file(folder: &Path, settings: &EncoderConfig) -> Result<Option<String>, LoadError> {
+    let config: Config = read_json(folder, ENCODER_FILE, MAX_JSON_BYTES)?;
+    // An architecture that is not known is refused once all is read.
+    let pools = architecture(&config).is_ok_and(|(_, end)| end == End::Hidden);
+    if !pools || settings.pooling.is_some() {
+        return Ok(None);
+    }
     Ok(modules(folder)?.map(|_| POOLING_FILE.to_string()))
 }
 
-fn pooled(folder: &Path) -> Result<Option<(Pooling, bool)>, LoadError> {
-    let Some(normalize) = modules(folder)? else { return Ok(None) };
+/// How a row's embedding is made: as `model.toml` says, else as the folder does, which is read only where that matters.
+fn pooled(folder: &Path, end: End, settings: &EncoderConfig) -> Result<Option<(Pooling, bool)>, LoadError> {
+    let EncoderConfig { pooling, normalize, .. } = *settings;
+    if end == End::Classes {
+        return match pooling.is_some() || normalize.is_some() {
+            true => {
+                Err(bad("model.toml sets pooling or normalize for a classifier, expected neither: it pools nothing"))
+            }
+            false => Ok(None),
+        };
+    }
+    let (pooling, normalize) = match (pooling, normalize) {
+        (Some(pooling), Some(normalize)) => (pooling, normalize),
+        (Some(pooling), None) => (pooling, modules(folder)?.unwrap_or(false)),
+        (None, _) => match modules(folder)? {
+            Some(as_listed) => (folder_pooling(folder)?, normalize.unwrap_or(as_listed)),
+            None if normalize.is_some() => {
+                return Err(bad("model.toml sets normalize where nothing is pooled, expected pooling, too"));
+            }
+            None => return Ok(None),
+        },
+    };
+    Ok(Some((pooling, normalize)))
+}
+
+fn folder_pooling(folder: &Path) -> Result<Pooling, LoadError> {
     let config: PoolingConfig = read_json(folder, POOLING_FILE, MAX_JSON_BYTES)?;
-    let mode = config.mode().map_err(|reason| bad(format!("{POOLING_FILE}: {reason}")))?;
-    Ok(Some((mode, normalize)))
+    config.mode().map_err(|reason| bad(format!("{POOLING_FILE}: {reason}")))
 }
 
 /// Reads `config.json`, compares it with the tensors, and says what they make together.
 pub fn describe(folder: &Path, settings: &EncoderConfig, mut weights: Weights) -> Result<Description, LoadError> {
     let config: Config = read_json(folder, ENCODER_FILE, MAX_JSON_BYTES)?;
     let wrong = |reason: String| bad(format!("{ENCODER_FILE}: {reason}"));
-    let mut encoder = Encoder::new(&config, settings, pooled(folder)?).map_err(wrong)?;
+    let (_, end) = architecture(&config).map_err(wrong)?;
+    let mut encoder = Encoder::new(&config, settings, pooled(folder, end, settings)?).map_err(wrong)?;
     let prefix = encoder.family.prefix();
     if weights.places.keys().any(|name| name.starts_with(prefix)) {
         encoder.prefix = prefix;
@@ -639,6 +675,30 @@ mod tests {
     }
 
     #[test]
+    fn settings_without_effect_are_refused() {
+        let with = |architecture: &str, pooling, normalize| {
+            let mut setup = Setup::new(architecture);
+            setup.settings = EncoderConfig { pooling, normalize, ..Default::default() };
+            setup.read().map(|description| outputs(&description).len())
+        };
+        let lone = "model.toml sets normalize where nothing is pooled, expected pooling, too";
+        assert_eq!(with("BertModel", None, Some(true)), Err(lone.to_string()));
+        assert_eq!(with("BertModel", None, Some(false)), Err(lone.to_string()));
+        assert_eq!(with("BertModel", Some(Pooling::Max), Some(true)), Ok(2));
+        assert_eq!(with("BertModel", Some(Pooling::Max), None), Ok(2));
+        for (pooling, normalize) in [(Some(Pooling::Mean), None), (None, Some(false))] {
+            let refusal = with("RobertaForSequenceClassification", pooling, normalize).unwrap_err();
+            assert_eq!(
+                refusal,
+                "model.toml sets pooling or normalize for a classifier, expected neither: it pools nothing"
+            );
+        }
+        let modules = json!([{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]);
+        let classifier = Setup::new("BertForSequenceClassification").file(MODULES_FILE, modules);
+        assert_eq!(outputs(&classifier.read().unwrap()), [("logits".to_string(), vec![-1, 2])], "nothing is pooled");
+    }
+
+    #[test]
     fn sentence_transformers_pool_as_the_folder_says() {
         let module =
             |kind: &str, path: &str| json!({"path": path, "type": format!("sentence_transformers.models.{kind}")});
@@ -661,6 +721,11 @@ mod tests {
         overridden.settings =
             EncoderConfig { pooling: Some(Pooling::Cls), normalize: Some(false), ..Default::default() };
         assert_eq!(head(overridden.read().unwrap()), Head::Embedding { pooling: Pooling::Cls, normalize: false });
+
+        let unread = overridden.file(POOLING_FILE, json!({"pooling_mode": "lasttoken"}));
+        let files = files(unread.folder.path(), &Declared::Encoder(unread.settings.clone())).unwrap();
+        assert!(!files.contains(POOLING_FILE), "{files:?}");
+        assert_eq!(head(unread.read().unwrap()), Head::Embedding { pooling: Pooling::Cls, normalize: false });
 
         let plain =
             sentences(vec![transformer.clone(), pooling.clone()]).file(POOLING_FILE, json!({"pooling_mode": "max"}));

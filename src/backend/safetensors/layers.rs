@@ -186,6 +186,10 @@ impl Pool {
     }
 }
 
+fn fixed(shape: &Shape) -> Vec<Dim> {
+    shape.dims().iter().map(|extent| Dim::Fixed(*extent)).collect()
+}
+
 /// How far a window can move along an axis; an error where it does not fit at all.
 fn free_steps(extent: usize, padding: (usize, usize), kernel: usize, dilation: usize) -> Result<usize, String> {
     let window = dilation * (kernel - 1) + 1;
@@ -205,10 +209,15 @@ impl Sequential {
         Ok(shapes)
     }
 
+    /// The elements of the largest tensor on the way from an input of that shape to the output, both among them.
+    pub fn most_elements(&self, input: &Shape) -> Result<usize, String> {
+        let elements = |dims: &Vec<Dim>| dims.iter().map(|dim| extent(Some(dim))).fold(1, usize::saturating_mul);
+        Ok(self.shapes(&fixed(input))?.iter().map(elements).max().unwrap_or(0))
+    }
+
     /// The output's shape for an input of that shape.
     pub fn output_shape(&self, input: &Shape) -> Result<Shape, String> {
-        let dims: Vec<Dim> = input.dims().iter().map(|extent| Dim::Fixed(*extent)).collect();
-        let shapes = self.shapes(&dims)?;
+        let shapes = self.shapes(&fixed(input))?;
         let fixed = |dim: &Dim| match dim {
             Dim::Fixed(extent) => Some(*extent),
             Dim::Free(_) => None,

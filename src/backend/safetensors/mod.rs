@@ -88,8 +88,8 @@ pub fn beside(declared: &Declared) -> &'static [&'static str] {
 /// name in a plain folder.
 pub fn files(folder: &Path, declared: &Declared) -> Result<BTreeSet<String>, LoadError> {
     let mut files = weights::files(folder)?;
-    if let Declared::Encoder(_) = declared {
-        files.extend(encoder::pooling_file(folder)?);
+    if let Declared::Encoder(settings) = declared {
+        files.extend(encoder::pooling_file(folder, settings)?);
     }
     Ok(files)
 }
