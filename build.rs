@@ -6,6 +6,7 @@ use std::path::PathBuf;
 fn main() -> Result<(), Box<dyn Error>> {
     onnx()?;
     open_inference()?;
+    model_config()?;
     Ok(())
 }
 
@@ -37,5 +38,19 @@ fn open_inference() -> Result<(), Box<dyn Error>> {
         .codec_path("crate::protocol::grpc::codec::CheckedCodec")
         .build_transport(false)
         .compile_fds(files)?;
+    Ok(())
+}
+
+/// Triton's `config.pbtxt`, for the registry, which knows nothing of the protocol: structs without a service, and the
+/// descriptors that the text is read by.
+fn model_config() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto/model_config.proto");
+    let folder = out_dir()?.join("model_config");
+    std::fs::create_dir_all(&folder)?;
+    let mut described = protox::Compiler::new(["proto"])?;
+    described.open_file("model_config.proto")?;
+    std::fs::write(folder.join("model_config.bin"), described.encode_file_descriptor_set())?;
+    let files = protox::compile(["proto/model_config.proto"], ["proto"])?;
+    prost_build::Config::new().btree_map(["."]).out_dir(folder).compile_fds(files)?;
     Ok(())
 }

@@ -107,5 +107,6 @@ pub fn reference() -> String {
         out,
         "\n## `model.toml`\n\nBeside a model's versions, for that model. Every key with its default or an example:\n\n```toml\n{model}```\n"
     );
+    let _ = write!(out, "\n## `config.pbtxt`\n\n{}", crate::registry::CONFIG_PBTXT_REFERENCE);
     out
 }

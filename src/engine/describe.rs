@@ -53,6 +53,8 @@ pub struct Sharing {
     pub preferred_rows: usize,
     pub max_delay: Duration,
     pub max_queue_requests: usize,
+    /// Of requests that name no shorter one.
+    pub default_timeout: Option<Duration>,
 }
 
 /// What a version has done since it was loaded.
@@ -168,6 +170,7 @@ fn setup(version: &Version) -> Setup {
             preferred_rows: scheduling.preferred_rows,
             max_delay: scheduling.max_delay,
             max_queue_requests: scheduling.max_queue_requests,
+            default_timeout: facts.config.default_timeout,
         }),
     }
 }

@@ -8,7 +8,7 @@ mod describe;
 mod trace;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -65,6 +65,7 @@ impl Engine {
         let version = self.registry.table().choose(&request.model)?;
         trace.chose(&version);
         let id = std::mem::take(&mut request.id);
+        request.timeout = shorter(request.timeout, version.facts().config.default_timeout);
         let prepared = Prepared::check(request, &permit, version.signature(), version.batching())?;
         let reply = Reply { id, wanted: prepared.outputs.clone(), prepared: Instant::now() };
         let answer = version.scheduler().submit(prepared, permit).await?;
@@ -89,6 +90,11 @@ impl Engine {
     pub fn in_flight(&self) -> (usize, usize) {
         (self.budget.requests(), self.budget.bytes())
     }
+}
+
+/// Of a request's own timeout and the one its model is configured with.
+fn shorter(own: Option<Duration>, configured: Option<Duration>) -> Option<Duration> {
+    own.into_iter().chain(configured).min()
 }
 
 /// What of the request its answer needs, kept while the rest is moved to a worker.

@@ -1,6 +1,8 @@
 //! What Triton's clients ask about a model, as the messages of the gRPC service, which REST writes as JSON: made in one
 //! place, the two protocols cannot differ. Pure.
 
+use std::time::Duration;
+
 use super::grpc::proto::model_config::SchedulingChoice;
 use super::grpc::proto::model_instance_group::Kind;
 use super::grpc::proto::model_queue_policy::TimeoutAction;
@@ -114,13 +116,15 @@ fn instance_group(setup: &Setup) -> proto::ModelInstanceGroup {
 }
 
 fn dynamic_batching(sharing: &Sharing) -> SchedulingChoice {
+    let microseconds = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
     SchedulingChoice::DynamicBatching(proto::ModelDynamicBatching {
         preferred_batch_size: vec![int32(sharing.preferred_rows)],
-        max_queue_delay_microseconds: u64::try_from(sharing.max_delay.as_micros()).unwrap_or(u64::MAX),
+        max_queue_delay_microseconds: microseconds(sharing.max_delay),
         priority_levels: Priority::LEVELS.into(),
         default_priority_level: Priority::default().level().into(),
         default_queue_policy: Some(proto::ModelQueuePolicy {
             timeout_action: TimeoutAction::Reject.into(),
+            default_timeout_microseconds: sharing.default_timeout.map_or(0, microseconds),
             allow_timeout_override: true,
             max_queue_size: u32::try_from(sharing.max_queue_requests).unwrap_or(u32::MAX),
             ..Default::default()

@@ -164,7 +164,8 @@ pub fn read_warm_up(text: &str, signature: &Signature) -> Result<Vec<Tensor>, St
     in_order(&named, signature)
 }
 
-fn in_order(named: &[(String, Tensor)], signature: &Signature) -> Result<Vec<Tensor>, String> {
+/// The named tensors in the signature's order, where they are all there and fit.
+pub fn in_order(named: &[(String, Tensor)], signature: &Signature) -> Result<Vec<Tensor>, String> {
     if let Some((name, _)) = named.iter().find(|(name, _)| signature.input(name).is_none()) {
         return Err(format!("the model has no input `{}`", quoted(name)));
     }

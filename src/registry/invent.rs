@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use crate::tensor::{DataType, Dim, Element, Shape, Signature, Tensor, TensorSpec};
 
 /// The most elements one invented input may have.
-const MAX_ELEMENTS: usize = 1 << 24;
+pub(super) const MAX_ELEMENTS: usize = 1 << 24;
 const WORDS: [&str; 8] = ["0", "1", "a", "b", "yes", "no", "hello", "the quick brown fox"];
 /// What free dimensions other than the leading one are tried at, in this order, until a model accepts one.
 const LADDER: [usize; 9] = [8, 16, 7, 32, 64, 128, 224, 4, 1];
@@ -69,6 +69,11 @@ fn input(spec: &TensorSpec, recipe: Recipe, number: u64, random: &mut Random) ->
         return Err(format!("input `{}` of shape {shape} is larger than the {MAX_ELEMENTS} elements tried", spec.name));
     }
     fill(spec.dtype, shape, recipe, number, random).map_err(|error| error.to_string())
+}
+
+/// One tensor of a given shape, as the self-test's first rows are drawn.
+pub fn tensor(dtype: DataType, shape: Shape, random: &mut Random) -> Result<Tensor, String> {
+    fill(dtype, shape, Recipe { extent: 1, below: 2, scale: 1.0 }, 0, random).map_err(|error| error.to_string())
 }
 
 fn fill(

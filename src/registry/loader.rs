@@ -15,16 +15,15 @@ use super::cache::{Cache, CacheError, Cached};
 use super::engines::{Chosen, Engines};
 use super::golden::{self, Goldens};
 use super::invent::{self, Random, Recipe};
-use super::model_config::ModelConfig;
+use super::model_config::{ModelConfig, WarmUp};
 use super::probe::Probe;
-use super::ragged;
 use super::selftest::{self, BatchDecision};
 use super::source::{Discovered, Format, GOLDEN_FILE, MODEL_FILE, read_text};
 use super::version::{Facts, OutputInfo, Version};
+use super::{declared, ragged, warmup};
 use crate::backend::safetensors::{self, Declared};
 use crate::backend::{Artifact, Description, Instance, LoadError, LoadOptions, Model, onnx};
 use crate::monitor::{Monitor, MonitoredOutput};
-use crate::problem::nearest;
 use crate::scheduler::{self, DEFAULT_PREFERRED_ROWS, Gate, Scheduler, ThreadPlan, Wish};
 use crate::tensor::{Dim, OutputKind, Signature, Tensor, TensorSpec};
 
@@ -40,15 +39,15 @@ const WARM_UP_SEED: u64 = 1;
 pub enum Failure {
     #[error("{0}")]
     Refused(String),
-    /// `model.toml`, or a file that it names.
+    /// The model's settings, or a file that they name.
     #[error("{0}")]
     Config(String),
     #[error(transparent)]
     Copy(#[from] CacheError),
     #[error(transparent)]
     Model(#[from] LoadError),
-    #[error("warm-up `{file}`: {reason}")]
-    WarmUp { file: String, reason: String },
+    #[error("warm-up `{name}`: {reason}")]
+    WarmUp { name: String, reason: String },
     #[error("`{GOLDEN_FILE}`: {0}")]
     Golden(String),
     #[error("the engine panicked while it loaded the model")]
@@ -250,7 +249,8 @@ impl Loader {
         wish.instances_share_weights = model.instances_share_weights();
         let threads = ThreadPlan::new(self.cores, &wish);
         let signature = Arc::new(model.signature().clone());
-        let mut warnings = model.warnings().to_vec();
+        declared::check(config, &signature).map_err(Failure::Config)?;
+        let mut warnings = [&config.warnings[..], model.warnings()].concat();
         let outputs = outputs(&*model, &staged.settings, staged.description.labels(), &mut warnings)?;
         let mut probe = Probe::new(model, Arc::clone(&self.gate), threads.threads)?;
         let couples = staged.description.couples_rows();
@@ -261,12 +261,12 @@ impl Loader {
             .map_err(Failure::Config)?;
         let max_batch_size = config.batching.max_batch_size;
         if let Some(why) = max_batch_size.and_then(|_| selftest::uncounted_rows(&signature)) {
-            return Err(Failure::Config(format!("model.toml declares `batching.max_batch_size`, but {why}")));
+            return Err(Failure::Config(format!("{} declares a `max_batch_size`, but {why}", config.file.name())));
         }
         let preferred_rows = config.batching.preferred_rows.unwrap_or(DEFAULT_PREFERRED_ROWS);
         let preferred_rows = max_batch_size.map_or(preferred_rows, |max| preferred_rows.min(max));
         warnings.extend(warm_up(&mut probe, &signature, &batching, preferred_rows));
-        declared_warm_ups(found, config, &signature, &mut probe)?;
+        declared_warm_ups(found, config, &signature, batching.enabled, &mut probe)?;
         let goldens = if config.goldens_on_load || compare == CompareGoldens::IfThere {
             check_goldens(found, &mut probe)?
         } else {
@@ -352,14 +352,6 @@ fn outputs(
     warnings: &mut Vec<String>,
 ) -> Result<Vec<OutputInfo>, Failure> {
     let signature = model.signature();
-    let names = || signature.outputs.iter().map(|spec| &*spec.name);
-    if let Some(unknown) = settings.config.outputs.keys().find(|name| signature.output(name).is_none()) {
-        let expected = match nearest(unknown, names()) {
-            Some(near) => format!("`{near}`, perhaps"),
-            None => format!("one of {}", names().collect::<Vec<_>>().join(", ")),
-        };
-        return Err(Failure::Config(format!("model.toml: `outputs.{unknown}`: no such output, expected {expected}")));
-    }
     let specs = signature.outputs.iter().zip(model.output_kinds());
     let mut outputs =
         specs.map(|(spec, kind)| output(spec, *kind, settings, warnings)).collect::<Result<Vec<_>, _>>()?;
@@ -463,13 +455,16 @@ fn declared_warm_ups(
     found: &Discovered,
     config: &ModelConfig,
     signature: &Signature,
+    together: bool,
     probe: &mut Probe,
 ) -> Result<(), Failure> {
-    for file in &config.warmup {
-        let failed = |reason: String| Failure::WarmUp { file: file.clone(), reason };
-        let text = read_beside(&found.folder, file, golden::MAX_FILE_BYTES).map_err(failed)?;
-        let inputs = golden::read_warm_up(&text, signature).map_err(failed)?;
-        probe.run(&[&inputs]).map_err(failed)?;
+    for declared in &config.warmup {
+        let name = match declared {
+            WarmUp::Request(file) => file.clone(),
+            WarmUp::Made(made) => made.name.clone(),
+        };
+        warmup::run(declared, &found.folder, signature, together, probe)
+            .map_err(|reason| Failure::WarmUp { name, reason })?;
     }
     Ok(())
 }

@@ -10,12 +10,14 @@
 //! answer a request.
 
 mod cache;
+mod declared;
 mod engines;
 mod golden;
 mod invent;
 mod layer_config;
 mod loader;
 mod model_config;
+mod pbtxt;
 mod plan;
 mod probe;
 mod ragged;
@@ -25,6 +27,7 @@ mod selftest;
 mod source;
 mod table;
 mod version;
+mod warmup;
 mod watch;
 mod writer;
 
@@ -51,6 +54,7 @@ pub use crate::backend::Device;
 pub use cache::CacheError;
 pub use engines::{BackendChoice, Engines, EnginesConfig};
 pub use model_config::{REFERENCE as MODEL_TOML_REFERENCE, VersionPolicy};
+pub use pbtxt::REFERENCE as CONFIG_PBTXT_REFERENCE;
 pub use ragged::{RaggedConfig, RaggedDecision};
 pub use report::{Report, inspect, validate};
 pub use selftest::BatchDecision;

@@ -1,4 +1,5 @@
-//! `model.toml`: what it may say, read key by key so that every problem is reported at once.
+//! What a model's own settings may say, whichever file they are in; and `model.toml`, read key by key so that every problem
+//! is reported at once.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,15 +16,15 @@ use crate::backend::safetensors::layers::Sequential;
 use crate::error::quoted;
 use crate::problem::{Problem, nearest};
 use crate::request::VersionId;
-use crate::tensor::{MAX_RANK, OutputKind};
+use crate::tensor::{DataType, MAX_RANK, OutputKind, Shape};
 use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
 
-const MAX_INSTANCES: i64 = 256;
-const MAX_THREADS: i64 = 1024;
-const MAX_ROWS: i64 = 1 << 20;
-const MAX_QUEUE_REQUESTS: i64 = 1 << 24;
-const MAX_DELAY: Duration = Duration::from_secs(60);
-const MAX_WARM_UP_FILES: usize = 64;
+pub(super) const MAX_INSTANCES: i64 = 256;
+pub(super) const MAX_THREADS: i64 = 1024;
+pub(super) const MAX_ROWS: i64 = 1 << 20;
+pub(super) const MAX_QUEUE_REQUESTS: i64 = 1 << 24;
+pub(super) const MAX_DELAY: Duration = Duration::from_secs(60);
+pub(super) const MAX_WARM_UPS: usize = 64;
 
 /// Every key, with its meaning; a part of docs/configuration.md.
 pub const REFERENCE: &str = r#"# Every key is optional; an unknown one is an error. Files lie beside model.toml.
@@ -35,6 +36,7 @@ threads = 1                 # intra-op threads of one instance; by default plann
 labels = "labels.txt"       # class names, one a line, for every output that has classes
 warmup = ["warmup.json"]    # requests ({"inputs": [...]}) that must succeed before the version is ready
 versions = "all"            # or { latest = 2 }, the highest that load; or a list such as [1, 3]
+# model_file = "net.onnx"   # what a version's file is called; by default model.onnx or model.safetensors
 
 [batching]                  # or in short: batching = true, false or "auto"
 enabled = "auto"            # auto: batched if the file and the self-test at load allow it
@@ -48,10 +50,17 @@ ragged = "auto"             # requests of different lengths in one batch. auto: 
 [limits]
 max_queue_requests = 1024   # waiting for this version; more are refused
 max_queue_bytes = "512MiB"  # of waiting inputs
+default_timeout = "10s"     # how long a request may take; its own timeout may only be shorter. By default any time
+
+[inputs.image]              # by the input's name: what the model must take, or it is not served. All inputs, or none
+datatype = "FP32"
+shape = [-1, 64]            # -1: any extent
 
 [outputs.probabilities]     # by the output's name
 kind = "probabilities"      # or log_probabilities, logits, binary_probability, labels, values
 labels = "labels.txt"
+datatype = "FP32"           # with shape: what the model must give
+shape = [-1, 10]
 
 [goldens]
 on_load = false             # compare with expected.json at every load; a version that differs fails
@@ -93,6 +102,12 @@ token_type_ids = false      # a third input; without it every token is of type 0
 /// One model's settings, checked. `None` where the file is silent: the server's defaults or the model decide.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ModelConfig {
+    /// Where all this was read.
+    pub file: ConfigFile,
+    /// What the file asks for and does not get, though answers are the same without it.
+    pub warnings: Vec<String>,
+    /// What a version's file is called, where that is not one of the usual names.
+    pub model_file: Option<String>,
     pub backend: BackendChoice,
     pub device: Device,
     pub instances: Option<usize>,
@@ -101,12 +116,16 @@ pub struct ModelConfig {
     pub batching: BatchingConfig,
     pub max_queue_requests: Option<usize>,
     pub max_queue_bytes: Option<usize>,
+    /// From its arrival on, of a request that names no shorter one.
+    pub default_timeout: Option<Duration>,
+    /// By name: what the model must take. Empty, or every input.
+    pub inputs: BTreeMap<String, TensorConfig>,
     /// A file of class names, one a line, for every output that has classes.
     pub labels: Option<String>,
     /// By output name.
     pub outputs: BTreeMap<String, OutputConfig>,
-    /// Files of requests that must succeed before the version is ready.
-    pub warmup: Vec<String>,
+    /// What must succeed before the version is ready.
+    pub warmup: Vec<WarmUp>,
     pub versions: VersionPolicy,
     /// Compare with `expected.json` at every load; a version that differs fails.
     pub goldens_on_load: bool,
@@ -138,6 +157,69 @@ pub struct BatchingConfig {
 pub struct OutputConfig {
     pub kind: Option<OutputKind>,
     pub labels: Option<String>,
+    pub tensor: TensorConfig,
+}
+
+/// What the model must say of a tensor, too.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TensorConfig {
+    pub dtype: Option<DataType>,
+    /// -1: any extent.
+    pub shape: Option<Vec<i64>>,
+}
+
+/// A warm-up run; see [`super::warmup`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum WarmUp {
+    /// A file with the inputs of one request.
+    Request(String),
+    Made(MadeWarmUp),
+}
+
+/// A warm-up as `config.pbtxt` describes it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MadeWarmUp {
+    pub name: String,
+    /// Requests that run as one batch, if the version batches.
+    pub requests: usize,
+    /// How often.
+    pub runs: usize,
+    pub inputs: BTreeMap<String, MadeInput>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct MadeInput {
+    pub dtype: DataType,
+    pub shape: Shape,
+    pub content: MadeContent,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum MadeContent {
+    Zeros,
+    Random,
+    /// The elements' bytes, in a file of this name in the folder `warmup`.
+    File(String),
+}
+
+/// The files that a model's settings may be in; one of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ConfigFile {
+    #[default]
+    ModelToml,
+    /// Triton's; see [`super::pbtxt`].
+    ConfigPbtxt,
+}
+
+impl ConfigFile {
+    pub const ALL: [ConfigFile; 2] = [ConfigFile::ModelToml, ConfigFile::ConfigPbtxt];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            ConfigFile::ModelToml => "model.toml",
+            ConfigFile::ConfigPbtxt => "config.pbtxt",
+        }
+    }
 }
 
 /// Which of the versions on disk are served.
@@ -168,20 +250,24 @@ impl VersionPolicy {
     }
 }
 
-/// Everything wrong with one `model.toml`. Places are dotted keys: `batching.max_delay`.
+/// Everything wrong with a model's settings. Places are dotted keys: `batching.max_delay`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("model.toml: {}", .0.iter().map(Problem::to_string).collect::<Vec<_>>().join("; "))]
-pub struct ConfigProblems(pub Vec<Problem>);
+#[error("{}: {}", .0.name(), .1.iter().map(Problem::to_string).collect::<Vec<_>>().join("; "))]
+pub struct ConfigProblems(pub ConfigFile, pub Vec<Problem>);
 
 impl ModelConfig {
     /// Reads the text of a `model.toml`.
     pub fn parse(text: &str) -> Result<ModelConfig, ConfigProblems> {
-        let table: Table = toml::from_str(text).map_err(|error| ConfigProblems(vec![syntax_problem(text, &error)]))?;
+        let table: Table = toml::from_str(text).map_err(|error| problems_of(vec![syntax_problem(text, &error)]))?;
         let problems = RefCell::new(Vec::new());
         let config = read_model(Section::new(String::new(), &table, &problems));
         let problems = problems.into_inner();
-        if problems.is_empty() { Ok(config) } else { Err(ConfigProblems(problems)) }
+        if problems.is_empty() { Ok(config) } else { Err(problems_of(problems)) }
     }
+}
+
+fn problems_of(problems: Vec<Problem>) -> ConfigProblems {
+    ConfigProblems(ConfigFile::ModelToml, problems)
 }
 
 fn syntax_problem(text: &str, error: &toml::de::Error) -> Problem {
@@ -197,10 +283,15 @@ fn syntax_problem(text: &str, error: &toml::de::Error) -> Problem {
 fn read_model(mut top: Section) -> ModelConfig {
     let limits = top.section("limits", |section| {
         let requests = section.count("max_queue_requests", MAX_QUEUE_REQUESTS);
-        (requests, section.read("max_queue_bytes", SIZE_FORM, |value| value.as_str().and_then(parse_size)))
+        let bytes = section.read("max_queue_bytes", SIZE_FORM, |value| value.as_str().and_then(parse_size));
+        let timeout = |value: &Value| value.as_str().and_then(parse_duration).filter(|timeout| !timeout.is_zero());
+        (requests, bytes, section.read("default_timeout", DURATION_FORM, timeout))
     });
-    let (max_queue_requests, max_queue_bytes) = limits.unwrap_or_default();
+    let (max_queue_requests, max_queue_bytes, default_timeout) = limits.unwrap_or_default();
     let config = ModelConfig {
+        file: ConfigFile::ModelToml,
+        warnings: Vec::new(),
+        model_file: top.file("model_file"),
         backend: top
             .read("backend", "\"auto\", \"onnxruntime\", \"tract\" or \"candle\"", |value| {
                 BackendChoice::parse(value.as_str()?)
@@ -212,6 +303,8 @@ fn read_model(mut top: Section) -> ModelConfig {
         batching: read_batching(&mut top),
         max_queue_requests,
         max_queue_bytes,
+        default_timeout,
+        inputs: read_inputs(&mut top),
         labels: top.file("labels"),
         outputs: read_outputs(&mut top),
         warmup: top.read("warmup", "a list of file names beside model.toml", read_files).unwrap_or_default(),
@@ -320,11 +413,31 @@ fn read_outputs(top: &mut Section) -> BTreeMap<String, OutputConfig> {
             let output = section.section(name, |section| OutputConfig {
                 kind: section.read("kind", &format!("one of {kinds}"), |value| OutputKind::parse(value.as_str()?)),
                 labels: section.file("labels"),
+                tensor: read_tensor(section),
             });
             outputs.insert(name.clone(), output.unwrap_or_default());
         }
     });
     outputs
+}
+
+fn read_inputs(top: &mut Section) -> BTreeMap<String, TensorConfig> {
+    let mut inputs = BTreeMap::new();
+    top.section("inputs", |section| {
+        for name in section.table.keys() {
+            inputs.insert(name.clone(), section.section(name, read_tensor).unwrap_or_default());
+        }
+    });
+    inputs
+}
+
+fn read_tensor(section: &mut Section) -> TensorConfig {
+    let extent = |value: &Value| value.as_integer().filter(|extent| *extent >= -1);
+    let shape = |value: &Value| value.as_array()?.iter().map(extent).collect();
+    TensorConfig {
+        dtype: section.read("datatype", "a datatype such as \"FP32\"", |value| DataType::parse(value.as_str()?)),
+        shape: section.read("shape", "a list of extents such as [-1, 64]", shape),
+    }
 }
 
 fn read_policy(value: &Value) -> Option<VersionPolicy> {
@@ -342,16 +455,19 @@ fn read_policy(value: &Value) -> Option<VersionPolicy> {
     }
 }
 
-fn read_files(value: &Value) -> Option<Vec<String>> {
+fn read_files(value: &Value) -> Option<Vec<WarmUp>> {
     let files = value.as_array()?;
-    (files.len() <= MAX_WARM_UP_FILES).then(|| files.iter().map(plain_file).collect()).flatten()
+    let request = |value: &Value| plain_file(value).map(WarmUp::Request);
+    (files.len() <= MAX_WARM_UPS).then(|| files.iter().map(request).collect()).flatten()
+}
+
+fn plain_file(value: &Value) -> Option<String> {
+    value.as_str().filter(|name| is_plain_file(name)).map(str::to_string)
 }
 
 /// The name of a file in the model's own folder: no folder, no `..`, not hidden.
-fn plain_file(value: &Value) -> Option<String> {
-    let name = value.as_str()?;
-    let plain = !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0']);
-    plain.then(|| name.to_string())
+pub(super) fn is_plain_file(name: &str) -> bool {
+    !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0'])
 }
 
 /// One table of the file while it is read: remembers which keys it knows, and collects problems.
@@ -458,6 +574,7 @@ mod tests {
     fn a_full_file_is_read() {
         let config = ModelConfig::parse(
             r#"
+            model_file = "net.onnx"
             backend = "tract"
             device = "cuda:1"
             instances = 2
@@ -474,9 +591,14 @@ mod tests {
             [limits]
             max_queue_requests = 10
             max_queue_bytes = "64MiB"
+            default_timeout = "2s"
+            [inputs.x]
+            datatype = "FP32"
+            shape = [-1, 3]
             [outputs."a/b"]
             kind = "logits"
             labels = "other.txt"
+            shape = [-1, 3]
             [goldens]
             on_load = true
             "#,
@@ -497,7 +619,14 @@ mod tests {
         assert_eq!((config.max_queue_requests, config.max_queue_bytes), (Some(10), Some(64 << 20)));
         assert_eq!(config.versions, VersionPolicy::Latest(2));
         assert_eq!(config.outputs["a/b"].kind, Some(OutputKind::Logits));
-        assert!(config.goldens_on_load && config.warmup == ["warmup.json"]);
+        assert!(config.goldens_on_load && config.warmup == [WarmUp::Request("warmup.json".into())]);
+        assert_eq!(
+            (config.default_timeout, config.model_file.as_deref()),
+            (Some(Duration::from_secs(2)), Some("net.onnx"))
+        );
+        let shape = Some(vec![-1, 3]);
+        assert_eq!(config.inputs["x"], TensorConfig { dtype: Some(DataType::Fp32), shape: shape.clone() });
+        assert_eq!(config.outputs["a/b"].tensor, TensorConfig { dtype: None, shape });
     }
 
     #[test]
@@ -529,13 +658,14 @@ mod tests {
 
     #[test]
     fn all_problems_are_reported_at_once() {
-        let ConfigProblems(problems) = ModelConfig::parse(
+        let ConfigProblems(_, problems) = ModelConfig::parse(
             r#"
             backend = "onnx"
             instnaces = 2
             threads = 0
             labels = "../labels.txt"
             versions = []
+            model_file = "a/b"
             quux = 1
             [batching]
             max_delay = 2
@@ -544,6 +674,10 @@ mod tests {
             kind = "probs"
             [limits]
             max_queue_bytes = "lots"
+            default_timeout = "0"
+            [inputs.x]
+            datatype = "FP33"
+            shape = [-2]
             "#,
         )
         .unwrap_err();
@@ -560,12 +694,16 @@ mod tests {
         assert_eq!(problem("limits.max_queue_bytes").expected, SIZE_FORM);
         assert_eq!(problem("labels").found, "\"../labels.txt\"");
         assert_eq!(problem("versions").found, "[]");
-        assert_eq!(problems.len(), 10);
+        assert_eq!(problem("model_file").found, "\"a/b\"");
+        assert_eq!(problem("limits.default_timeout").found, "\"0\"");
+        assert_eq!(problem("inputs.x.datatype").found, "\"FP33\"");
+        assert_eq!(problem("inputs.x.shape").found, "[-2]");
+        assert_eq!(problems.len(), 14);
     }
 
     #[test]
     fn broken_toml_names_its_line() {
-        let ConfigProblems(problems) = ModelConfig::parse("threads = 1\nlabels = = 2\nbackend = 1").unwrap_err();
+        let ConfigProblems(_, problems) = ModelConfig::parse("threads = 1\nlabels = = 2\nbackend = 1").unwrap_err();
         assert_eq!(problems[0].place, "`line 2`");
         assert!(ModelConfig::parse("a = 1\na = 2").is_err());
     }

@@ -49,11 +49,11 @@ pub fn decide(
 ) -> Result<BatchDecision, String> {
     let decided = |enabled, reason: String| Ok(BatchDecision { enabled, reason });
     match configured {
-        Some(false) => return decided(false, "switched off in model.toml".into()),
+        Some(false) => return decided(false, "switched off by the model's settings".into()),
         Some(true) => {
             return match fixed_rows(signature) {
-                None => decided(true, "switched on in model.toml, without a self-test".into()),
-                Some(why) => Err(format!("model.toml switches batching on, but {why}")),
+                None => decided(true, "switched on by the model's settings, without a self-test".into()),
+                Some(why) => Err(format!("the model's settings switch batching on, but {why}")),
             };
         }
         None => {}

@@ -1,9 +1,9 @@
 //! The folder source: looks at a registry on disk and says which versions are there. Reads names, file facts and
-//! `model.toml`; opens no model.
+//! the model's settings (`model.toml`, or Triton's `config.pbtxt`); opens no model.
 //!
 //! Layouts: `<root>/<name>/<version>/model.onnx`, `<root>/<name>/model.onnx` (version 1), `<root>/model.onnx`, and a
 //! root that is itself an `.onnx` file (the last two are named by the configuration); in `model.onnx`'s place may stand
-//! `model.safetensors`, or the index of its parts. Hidden entries and folders whose name is no version are stepped over.
+//! `model.safetensors`, the index of its parts, or a file that the settings name. Hidden entries and folders whose name is no version are stepped over.
 //! Symbolic links are followed inside the root only.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -13,7 +13,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::model_config::ModelConfig;
+use super::model_config::{ConfigFile, ModelConfig};
+use super::{pbtxt, warmup};
 use crate::backend::safetensors;
 use crate::error::quoted;
 use crate::request::{MAX_NAME_BYTES, VersionId};
@@ -21,14 +22,13 @@ use crate::request::{MAX_NAME_BYTES, VersionId};
 pub const MODEL_FILE: &str = "model.onnx";
 /// What makes a folder a version's, in the order of preference where a safetensors model is there whole and in parts.
 const MODEL_FILES: [&str; 3] = [MODEL_FILE, safetensors::MODEL_FILE, safetensors::INDEX_FILE];
-pub const CONFIG_FILE: &str = "model.toml";
 pub const GOLDEN_FILE: &str = "expected.json";
 
 /// Entries of one folder, and files of one version, that are looked at; more make it an error.
 const MAX_ENTRIES: usize = 100_000;
 /// How deep folders inside a version are looked at for changes (external data may lie in folders).
 const MAX_DEPTH: usize = 8;
-/// Longest `model.toml`, in bytes.
+/// Longest `model.toml` or `config.pbtxt`, in bytes.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// A version's place in the registry.
@@ -50,9 +50,9 @@ pub struct Discovered {
     pub key: Key,
     /// The ONNX file, or the safetensors file or index. What else belongs to it lies below its folder.
     pub model: PathBuf,
-    /// The model's own folder: `model.toml`, labels and warm-up files.
+    /// The model's own folder: settings, labels and warm-up files.
     pub folder: PathBuf,
-    /// The settings, or what is wrong with `model.toml`.
+    /// The settings, or what is wrong with them.
     pub config: Result<Arc<ModelConfig>, String>,
     /// Why it may not be opened at all (a link that leaves the registry).
     pub refused: Option<String>,
@@ -115,7 +115,7 @@ pub struct Folder {
     root: PathBuf,
     /// What a bare model file is called.
     model_name: Arc<str>,
-    /// Parsed `model.toml` files by path, kept while their facts stay the same.
+    /// Parsed settings by path, kept while their facts stay the same.
     configs: HashMap<PathBuf, (FileFacts, Config)>,
 }
 
@@ -153,7 +153,7 @@ impl Folder {
         }
         let version = file_name(&path).and_then(|name| VersionId::parse(&name));
         let folder = match (version, path.parent()) {
-            (Some(_), Some(parent)) if model_in(&path).is_some() => parent.to_path_buf(),
+            (Some(_), Some(parent)) if self.is_version(parent, &path) => parent.to_path_buf(),
             _ => path,
         };
         self.scan_model(&folder.clone(), &folder, &mut scan);
@@ -161,6 +161,10 @@ impl Folder {
             scan.versions.retain(|key, _| key.version == version);
         }
         Ok(scan)
+    }
+
+    fn is_version(&mut self, folder: &Path, version: &Path) -> bool {
+        model_in(version, named(&self.config(folder, folder))).is_some()
     }
 
     pub fn empty(&self, scan: &Scan) -> SourceError {
@@ -178,9 +182,11 @@ impl Folder {
         let name = Arc::clone(&self.model_name);
         let folder = model.parent().unwrap_or(model).to_path_buf();
         // Whatever else lies beside a file that was named by itself is not looked at.
-        let files = [model.to_path_buf(), folder.join(CONFIG_FILE)];
+        let settings = ConfigFile::ALL.map(|file| folder.join(file.name()));
+        let files = [&[model.to_path_buf()][..], &settings[..]].concat();
         let facts = files.iter().filter_map(|path| Some(facts(path, &fs::metadata(path).ok()?))).collect();
-        self.add(&folder, &folder, first(&name), model, Ok(Fingerprint(facts)), scan);
+        let config = self.config(&folder, &folder);
+        self.add(&folder, &folder, first(&name), model, config, Ok(Fingerprint(facts)), scan);
     }
 
     fn scan_model(&mut self, root: &Path, folder: &Path, scan: &mut Scan) {
@@ -226,27 +232,38 @@ impl Folder {
 
     /// A model file straight in the model's folder: version 1, unless there is a folder `1`.
     fn add_loose(&mut self, root: &Path, folder: &Path, name: &Arc<str>, scan: &mut Scan) {
-        if let Some(model) = model_in(folder) {
-            self.add(root, folder, first(name), &model, fingerprint(folder, folder), scan);
+        let config = self.config(root, folder);
+        if let Some(model) = model_in(folder, named(&config)) {
+            self.add(root, folder, first(name), &model, config, fingerprint(folder, folder), scan);
         }
     }
 
     fn add_version(&mut self, root: &Path, folder: &Path, name: &Arc<str>, entry: &Path, scan: &mut Scan) {
         let Some(version) = file_name(entry).and_then(|name| VersionId::parse(&name)) else { return };
-        let Some(model) = model_in(entry) else { return };
+        let config = self.config(root, folder);
+        let model = match model_in(entry, named(&config)) {
+            Some(model) => model,
+            // Triton serves models of other kinds, too: a person who brings one is told that it is not served, and why.
+            None if folder.join(ConfigFile::ConfigPbtxt.name()).exists() => {
+                entry.join(named(&config).unwrap_or(MODEL_FILE))
+            }
+            None => return,
+        };
         let key = Key { model: Arc::clone(name), version };
         if scan.versions.contains_key(&key) {
             scan.notes.push(format!("the model in `{name}` is hidden by the one in `{name}/{version}`"));
         }
-        self.add(root, folder, key, &model, fingerprint(folder, entry), scan);
+        self.add(root, folder, key, &model, config, fingerprint(folder, entry), scan);
     }
 
+    #[allow(clippy::too_many_arguments, reason = "what a version is made of")]
     fn add(
         &mut self,
         root: &Path,
         folder: &Path,
         key: Key,
         model: &Path,
+        config: Config,
         fingerprint: std::io::Result<Fingerprint>,
         scan: &mut Scan,
     ) {
@@ -255,10 +272,12 @@ impl Folder {
             (Ok(true), Ok(_)) if model.is_file() => two_formats(model),
             (Ok(true), Ok(_)) => Some(format!("`{file}` is not a regular file")),
             (Ok(false), _) => Some(format!("`{file}` lies behind a symbolic link that leaves the registry")),
+            // Settings that ask for another kind of model say more than that there is no file of this kind.
+            (Err(_), Ok(_)) if config.is_err() => None,
             (Err(error), _) | (_, Err(error)) => Some(format!("`{file}` cannot be read: {error}")),
         };
         let discovered = Discovered {
-            config: self.config(root, folder),
+            config,
             key: key.clone(),
             model: model.to_path_buf(),
             folder: folder.to_path_buf(),
@@ -275,20 +294,25 @@ impl Folder {
     }
 
     fn config(&mut self, root: &Path, folder: &Path) -> Config {
-        let path = folder.join(CONFIG_FILE);
-        let Ok(metadata) = fs::metadata(&path) else {
-            return match fs::symlink_metadata(&path) {
-                Ok(_) => Err(format!("{CONFIG_FILE}: cannot be read")),
-                Err(_) => Ok(Arc::default()),
-            };
+        let there = |file: &&ConfigFile| fs::symlink_metadata(folder.join(file.name())).is_ok();
+        let files: Vec<ConfigFile> = ConfigFile::ALL.iter().filter(there).copied().collect();
+        let file = match files[..] {
+            [] => return Ok(Arc::default()),
+            [file] => file,
+            _ => {
+                let names = ConfigFile::ALL.map(|file| format!("`{}`", file.name())).join(" and ");
+                return Err(format!("{names} are both there, expected one"));
+            }
         };
+        let path = folder.join(file.name());
+        let Ok(metadata) = fs::metadata(&path) else { return Err(format!("{}: cannot be read", file.name())) };
         let facts = facts(&path, &metadata);
         match self.configs.get(&path) {
             Some((known, config)) if *known == facts => config.clone(),
             _ => {
                 let config = read_text(root, &path, MAX_CONFIG_BYTES)
-                    .map_err(|error| format!("{CONFIG_FILE}: {error}"))
-                    .and_then(|text| ModelConfig::parse(&text).map_err(|problems| problems.to_string()))
+                    .map_err(|error| format!("{}: {error}", file.name()))
+                    .and_then(|text| parse(file, &text, folder))
                     .map(Arc::new);
                 self.configs.insert(path, (facts, config.clone()));
                 config
@@ -297,9 +321,24 @@ impl Folder {
     }
 }
 
-/// The file that makes the folder a version's.
-fn model_in(folder: &Path) -> Option<PathBuf> {
-    MODEL_FILES.iter().map(|file| folder.join(file)).find(|model| fs::symlink_metadata(model).is_ok())
+fn parse(file: ConfigFile, text: &str, folder: &Path) -> Result<ModelConfig, String> {
+    let config = match file {
+        ConfigFile::ModelToml => ModelConfig::parse(text),
+        ConfigFile::ConfigPbtxt => pbtxt::parse(text, &file_name(folder).unwrap_or_default()),
+    };
+    config.map_err(|problems| problems.to_string())
+}
+
+/// What the settings call a version's file.
+fn named(config: &Config) -> Option<&str> {
+    config.as_ref().ok()?.model_file.as_deref()
+}
+
+/// The file that makes the folder a version's: the one that settings name, or one of the usual names.
+fn model_in(folder: &Path, named: Option<&str>) -> Option<PathBuf> {
+    let usual = if named.is_none() { &MODEL_FILES[..] } else { &[] };
+    let mut files = named.iter().chain(usual).map(|file| folder.join(file));
+    files.find(|model| fs::symlink_metadata(model).is_ok())
 }
 
 /// Nobody can tell which of two formats is meant. A file that was named by itself is.
@@ -326,6 +365,11 @@ fn first(name: &Arc<str>) -> Key {
 
 /// Reads a text file that must lie, links followed, below `root`. Errors carry no path.
 pub fn read_text(root: &Path, path: &Path, max_bytes: u64) -> Result<String, String> {
+    String::from_utf8(read_bytes(root, path, max_bytes)?).map_err(|_| "is not UTF-8".into())
+}
+
+/// The same of any file.
+pub fn read_bytes(root: &Path, path: &Path, max_bytes: u64) -> Result<Vec<u8>, String> {
     if !confined(root, path).map_err(|error| error.to_string())? {
         return Err("lies behind a symbolic link that leaves the registry".into());
     }
@@ -338,7 +382,7 @@ pub fn read_text(root: &Path, path: &Path, max_bytes: u64) -> Result<String, Str
     if bytes.len() as u64 > max_bytes {
         return Err(format!("is longer than {max_bytes} bytes"));
     }
-    String::from_utf8(bytes).map_err(|_| "is not UTF-8".into())
+    Ok(bytes)
 }
 
 /// Whether the path, links followed, still lies below `root`, which must be canonical.
@@ -364,13 +408,17 @@ fn entries(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
 }
 
 /// The facts of all files of a version: what lies in `version` at any depth, and the files in the model's folder
-/// itself (settings, labels). Other versions and models are left out.
+/// itself (settings, labels) and in its folder `warmup`. Other versions and models are left out.
 fn fingerprint(folder: &Path, version: &Path) -> std::io::Result<Fingerprint> {
     let mut files = Vec::new();
     collect(version, MAX_DEPTH, &mut files)?;
     if folder != version {
         for entry in entries(folder)? {
             push_file(&entry, &mut files)?;
+        }
+        let warm_ups = folder.join(warmup::FOLDER);
+        if warm_ups.is_dir() {
+            collect(&warm_ups, 0, &mut files)?;
         }
     }
     files.sort();
@@ -384,7 +432,7 @@ fn collect(folder: &Path, depth: usize, files: &mut Vec<FileFacts>) -> std::io::
             continue;
         }
         let other_version = file_name(&entry).is_some_and(|name| VersionId::parse(&name).is_some());
-        if depth > 0 && !other_version && model_in(&entry).is_none() {
+        if depth > 0 && !other_version && model_in(&entry, None).is_none() {
             collect(&entry, depth - 1, files)?;
         }
     }
@@ -556,6 +604,28 @@ mod tests {
         let configs: Vec<_> = scan.versions.values().map(|found| &found.config).collect();
         assert_eq!(configs[0].as_ref().unwrap().threads, Some(3));
         assert!(configs[1].as_ref().unwrap_err().contains("`threads`, perhaps"));
+    }
+
+    #[test]
+    fn settings_in_either_file_name_the_model_and_never_in_both() {
+        let root = Root::new();
+        root.file("a/1/net.onnx", "x").file("a/config.pbtxt", "default_model_filename: 'net.onnx'");
+        root.file("b/1/net.onnx", "x").file("b/model.toml", "model_file = 'net.onnx'");
+        root.file("c/1/model.onnx", "x").file("c/model.toml", "").file("c/config.pbtxt", "");
+        root.file("d/1/model.plan", "x").file("d/config.pbtxt", "platform: 'tensorrt_plan'");
+        root.file("e/1/model.plan", "x").file("e/config.pbtxt", "").file("f/1/model.plan", "x");
+        let scan = root.scan();
+        assert_eq!(root.keys(), ["a/1", "b/1", "c/1", "d/1", "e/1"]);
+        let found: Vec<&Discovered> = scan.versions.values().collect();
+        assert!(found[..2].iter().all(|found| found.model.ends_with("1/net.onnx") && found.refused.is_none()));
+        let problem = |i: usize| found[i].config.as_ref().unwrap_err().as_str();
+        assert_eq!(problem(2), "`model.toml` and `config.pbtxt` are both there, expected one");
+        assert!(problem(3).contains("tensorrt_plan") && found[3].refused.is_none(), "{}", problem(3));
+        assert!(found[4].refused.as_ref().unwrap().starts_with("`model.onnx` cannot be read"));
+        let print = || root.scan().versions.into_values().next().unwrap().fingerprint;
+        let before = print();
+        root.file("a/warmup/x.bin", "x");
+        assert!(print() != before, "what warms a version up is part of its fingerprint");
     }
 
     #[test]

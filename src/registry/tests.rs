@@ -230,7 +230,7 @@ fn a_declared_maximum_of_rows_holds_unbatched_and_fails_the_load_where_rows_cann
     let version = choose(&registry, "m", None).unwrap();
     let batching = version.batching();
     assert_eq!((batching.enabled, batching.max_batch_size), (false, Some(2)));
-    let failed = |why: &str| format!("Failed model.toml declares `batching.max_batch_size`, but input {why}");
+    let failed = |why: &str| format!("Failed model.toml declares a `max_batch_size`, but input {why}");
     let index = index(&registry);
     assert_eq!(index[0], format!("fixed_batch/1 {}", failed("`image` has a fixed leading dimension of 1")));
     assert_eq!(index[2], format!("scalar/1 {}", failed("`scale` is a scalar, without a leading dimension")));

@@ -55,7 +55,7 @@ pub struct Facts {
     pub backend_version: String,
     /// Why this engine.
     pub backend_reason: String,
-    /// What `model.toml` says.
+    /// The model's own settings.
     pub config: Arc<ModelConfig>,
     pub device: Device,
     pub signature: Arc<Signature>,

@@ -14,12 +14,12 @@ const MODELS: [(&str, &str); 7] = [
     ("tumor_st", "1"),
 ];
 
-fn golden(model: &str, version: &str) -> Value {
+pub fn golden(model: &str, version: &str) -> Value {
     let path = root().join("models").join(model).join(version).join("expected.json");
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
-fn request(inputs: &Value) -> Value {
+pub fn request(inputs: &Value) -> Value {
     let inputs: Vec<Value> = inputs
         .as_object()
         .unwrap()
@@ -47,7 +47,7 @@ fn difference(found: &[f64], expected: &[f64], tolerance: &Value) -> Option<Stri
 }
 
 /// Every golden case that fails, by name.
-fn mismatches(server: &TestServer, model: &str, version: &str) -> Vec<String> {
+pub fn mismatches(server: &TestServer, model: &str, version: &str) -> Vec<String> {
     let golden = golden(model, version);
     let mut mismatches = Vec::new();
     for case in golden["cases"].as_array().unwrap() {

@@ -1,0 +1,146 @@
+//! A repository written for Triton, with a `config.pbtxt` for every model, serves as it is.
+
+use serde_json::{Value, json};
+
+use crate::goldens::{golden, mismatches, request};
+use crate::support::{Models, TestServer, engines, root};
+
+const DIGITS: &str = r#"
+name: "digits"
+platform: "onnxruntime_onnx"
+max_batch_size: 64
+input [ { name: "image" data_type: TYPE_FP32 dims: [ 64 ] } ]
+output [ { name: "probabilities" data_type: TYPE_FP32 dims: [ 10 ] label_filename: "labels.txt" } ]
+version_policy: { all {} }
+dynamic_batching {
+  preferred_batch_size: [ 8, 16 ]
+  max_queue_delay_microseconds: 100
+  default_queue_policy { default_timeout_microseconds: 60000000 allow_timeout_override: true max_queue_size: 100 }
+}
+instance_group [ { count: 1 kind: KIND_CPU } ]
+parameters { key: "intra_op_thread_count" value { string_value: "1" } }
+optimization { graph { level: 1 } }
+model_warmup [
+  { name: "zeros" batch_size: 16 inputs { key: "image" value { data_type: TYPE_FP32 dims: 64 zero_data: true } } },
+  { name: "drawn" batch_size: 1 count: 2 inputs { key: "image" value { data_type: TYPE_FP32 dims: 64 random_data: true } } },
+  { name: "real" batch_size: 1 inputs { key: "image" value { data_type: TYPE_FP32 dims: 64 input_data_file: "image" } } }
+]
+"#;
+
+const TUMOR: &str = r#"
+backend: "onnxruntime"
+default_model_filename: "net.onnx"
+max_batch_size: 8
+input { name: "features" data_type: TYPE_FP32 dims: 30 }
+output { name: "probabilities" data_type: TYPE_FP32 dims: 2 label_filename: "labels.txt" }
+"#;
+
+const WINE: &str = r#"
+name: "wine"
+backend: "onnxruntime"
+input { name: "features" data_type: TYPE_FP32 dims: [ -1, 13 ] }
+output [
+  { name: "label" data_type: TYPE_INT64 dims: [ -1 ] },
+  { name: "probabilities" data_type: TYPE_FP32 dims: [ -1, 3 ] label_filename: "labels.txt" }
+]
+"#;
+
+/// The model files and labels of an example, without its own settings, as `name`.
+fn add(models: &Models, example: &str, versions: &[&str], name: &str, config: &str, file: &str) {
+    let from = root().join("models").join(example);
+    for version in versions {
+        models
+            .write(&format!("{name}/{version}/{file}"), std::fs::read(from.join(version).join("model.onnx")).unwrap());
+    }
+    if let Ok(labels) = std::fs::read(from.join("labels.txt")) {
+        models.write(&format!("{name}/labels.txt"), labels);
+    }
+    models.write(&format!("{name}/config.pbtxt"), config);
+}
+
+fn repository() -> Models {
+    let models = Models::new();
+    add(&models, "digits", &["1", "2"], "digits", DIGITS, "model.onnx");
+    models.write("digits/warmup/image", [0; 64 * size_of::<f32>()]);
+    add(&models, "tumor", &["1"], "tumor", TUMOR, "net.onnx");
+    add(&models, "wine", &["1"], "wine", WINE, "model.onnx");
+    add(&models, "diabetes", &["1"], "diabetes", "platform: \"onnxruntime_onnx\"", "model.onnx");
+    models
+}
+
+#[test]
+fn every_example_answers_as_the_frameworks_do() {
+    let models = repository();
+    for engine in engines() {
+        let server = TestServer::of(models.path()).set("engine", engine).start();
+        for (model, version) in [("digits", "1"), ("digits", "2"), ("tumor", "1"), ("wine", "1"), ("diabetes", "1")] {
+            assert_eq!(mismatches(&server, model, version), Vec::<String>::new(), "on {engine}");
+        }
+    }
+}
+
+#[test]
+fn what_the_file_says_is_in_effect() {
+    let models = repository();
+    add(&models, "digits", &["1", "2"], "latest", "", "model.onnx");
+    let hasty = "max_batch_size: 4 dynamic_batching { default_queue_policy { default_timeout_microseconds: 1 } }";
+    add(&models, "tumor", &["1"], "hasty", hasty, "model.onnx");
+    let server = TestServer::of(models.path()).start();
+    let config = |model: &str| server.get(&format!("/v2/models/{model}/config")).json();
+
+    let digits = config("digits");
+    let batching = &digits["dynamic_batching"];
+    assert_eq!((&digits["max_batch_size"], &batching["preferred_batch_size"]), (&json!(64), &json!([16])), "{digits}");
+    assert_eq!(batching["max_queue_delay_microseconds"], 100);
+    assert_eq!(batching["default_queue_policy"]["default_timeout_microseconds"], 60_000_000);
+    assert_eq!(batching["default_queue_policy"]["max_queue_size"], 100);
+    assert_eq!((&digits["instance_group"][0]["count"], &digits["version_policy"]), (&json!(1), &json!({"all": {}})));
+    assert_eq!(digits["output"][0]["label_filename"], "labels.txt");
+
+    let tumor = config("tumor");
+    assert_eq!((&tumor["max_batch_size"], &tumor["dynamic_batching"]), (&json!(8), &Value::Null), "{tumor}");
+    let row = [0.0; 30];
+    let rows = |model: &str, count: usize| {
+        let input = json!({"name": "features", "shape": [count, 30], "datatype": "FP32", "data": vec![row; count]});
+        server.infer(model, &json!({ "inputs": [input] }))
+    };
+    assert_eq!((rows("tumor", 8).status, rows("tumor", 9).status), (200, 400));
+    assert_eq!(rows("hasty", 1).status, 504, "its time is over before it is read");
+    assert_eq!(config("wine")["max_batch_size"], 0);
+
+    let inputs = &golden("digits", "2")["cases"][0]["inputs"];
+    let status = |version: &str| server.infer(&format!("latest/versions/{version}"), &request(inputs)).status;
+    assert_eq!((status("1"), status("2")), (404, 200), "the latest one version, where no policy is written");
+}
+
+#[test]
+fn a_file_that_cannot_be_honoured_fails_its_model_alone() {
+    let models = repository();
+    let tumor = |name: &str, config: &str| add(&models, "tumor", &["1"], name, config, "model.onnx");
+    tumor("unknown", "max_batch_size: 4\nmax_batch_sise: 4");
+    tumor("misnamed", "name: \"tumor\"");
+    tumor("wide", "max_batch_size: 4 input { name: \"features\" data_type: TYPE_FP64 dims: 31 }");
+    tumor("both", "");
+    models.write("both/model.toml", "");
+    let warm_up = "inputs { key: \"features\" value { data_type: TYPE_FP32 dims: 31 zero_data: true } }";
+    tumor("cold", &format!("max_batch_size: 4 model_warmup {{ name: \"w\" {warm_up} }}"));
+    models.write("script/1/model.py", "");
+    models.write("script/config.pbtxt", "backend: \"python\"");
+    let server = TestServer::of(models.path()).start();
+    let index = server.post("/v2/repository/index", "").json();
+    let reason = |model: &str| {
+        let entry = index.as_array().unwrap().iter().find(|entry| entry["name"] == model);
+        entry.unwrap_or_else(|| panic!("no {model}: {index}"))["reason"].as_str().unwrap_or_default().to_string()
+    };
+    for (model, expected) in [
+        ("unknown", "config.pbtxt: `line 2`: found field 'max_batch_sise' not found"),
+        ("misnamed", "config.pbtxt: `name`: found \"tumor\", expected \"misnamed\""),
+        ("wide", "config.pbtxt: input `features`: found FP64 [-1,31], expected FP32 [-1,30] as in the model"),
+        ("both", "`model.toml` and `config.pbtxt` are both there, expected one"),
+        ("cold", "warm-up `w`: input `features` is FP32 [1,31], expected FP32 [-1,30]"),
+        ("script", "config.pbtxt: `backend`: found \"python\", expected one of \"onnxruntime\""),
+    ] {
+        assert!(reason(model).contains(expected), "{model}: {}", reason(model));
+    }
+    assert_eq!(mismatches(&server, "tumor", "1"), Vec::<String>::new());
+}
