@@ -88,8 +88,34 @@ fn read(text: &str) -> Result<proto::ModelConfig, Problem> {
     };
     let files: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/model_config/model_config.bin"));
     let schema = DescriptorPool::decode(files).ok().and_then(|pool| pool.get_message_by_name(NAME));
-    let message = DynamicMessage::parse_text_format(schema.ok_or_else(defect)?, text);
-    message.map_err(|error| syntax_problem(text, &error))?.transcode_to().map_err(|_| defect())
+    let text = with_colons(text);
+    let message = DynamicMessage::parse_text_format(schema.ok_or_else(defect)?, &text);
+    message.map_err(|error| syntax_problem(&text, &error))?.transcode_to().map_err(|_| defect())
+}
+
+/// Puts a colon between a name and a list, on the same line: the format lets it be left out before a list of messages, as
+/// people do, and prost-reflect's parser does not. No field of the schema is an extension, whose name begins like a list.
+fn with_colons(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let (mut quote, mut escaped, mut comment, mut after_name) = (None, false, false, false);
+    for c in text.chars() {
+        if comment {
+            comment = c != '\n';
+        } else if let Some(opened) = quote {
+            // A string ends with its line at the latest: the parser says so where it matters.
+            quote = quote.filter(|_| escaped || c != opened && c != '\n');
+            escaped = !escaped && c == '\\';
+        } else {
+            if c == '[' && after_name {
+                out.push(':');
+            }
+            comment = c == '#';
+            quote = Some(c).filter(|c| matches!(c, '"' | '\''));
+            after_name = c.is_ascii_alphanumeric() || c == '_' || after_name && (comment || c.is_whitespace());
+        }
+        out.push(c);
+    }
+    out
 }
 
 fn syntax_problem(text: &str, error: &ParseError) -> Problem {
@@ -607,6 +633,19 @@ mod tests {
             ..ModelConfig::default()
         };
         assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn lists_of_messages_need_no_colon_and_strings_and_comments_stay() {
+        for (text, expected) in [
+            ("a [ { b: [1] } ]", "a :[ { b: [1] } ]"),
+            ("a # b [\n[", "a # b [\n:["),
+            ("a: 'b [\\' c [' d[", "a: 'b [\\' c [' d:["),
+            ("a: \"'\" [", "a: \"'\" ["),
+            ("a: \"\\\\\" b [", "a: \"\\\\\" b :["),
+        ] {
+            assert_eq!(with_colons(text), expected);
+        }
     }
 
     #[test]

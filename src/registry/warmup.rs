@@ -9,7 +9,7 @@ use super::invent::{self, Random};
 use super::model_config::{MadeContent, MadeInput, MadeWarmUp, WarmUp};
 use super::probe::Probe;
 use super::source::{read_bytes, read_text};
-use crate::tensor::{DataType, Signature, Tensor};
+use crate::tensor::{Signature, Tensor};
 
 /// Where, in a model's folder, the bytes of made inputs lie.
 pub const FOLDER: &str = "warmup";
@@ -70,7 +70,7 @@ const EMPTY_STRING_BYTES: usize = 4;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::Shape;
+    use crate::tensor::{DataType, Shape};
 
     fn made(dtype: DataType, shape: &[usize], content: MadeContent) -> MadeInput {
         MadeInput { dtype, shape: Shape::new(shape).unwrap(), content }

@@ -30,7 +30,7 @@ model_warmup [
 const TUMOR: &str = r#"
 backend: "onnxruntime"
 default_model_filename: "net.onnx"
-max_batch_size: 8
+max_batch_size: 32
 input { name: "features" data_type: TYPE_FP32 dims: 30 }
 output { name: "probabilities" data_type: TYPE_FP32 dims: 2 label_filename: "labels.txt" }
 "#;
@@ -98,13 +98,13 @@ fn what_the_file_says_is_in_effect() {
     assert_eq!(digits["output"][0]["label_filename"], "labels.txt");
 
     let tumor = config("tumor");
-    assert_eq!((&tumor["max_batch_size"], &tumor["dynamic_batching"]), (&json!(8), &Value::Null), "{tumor}");
+    assert_eq!((&tumor["max_batch_size"], &tumor["dynamic_batching"]), (&json!(32), &Value::Null), "{tumor}");
     let row = [0.0; 30];
     let rows = |model: &str, count: usize| {
         let input = json!({"name": "features", "shape": [count, 30], "datatype": "FP32", "data": vec![row; count]});
         server.infer(model, &json!({ "inputs": [input] }))
     };
-    assert_eq!((rows("tumor", 8).status, rows("tumor", 9).status), (200, 400));
+    assert_eq!((rows("tumor", 32).status, rows("tumor", 33).status), (200, 400));
     assert_eq!(rows("hasty", 1).status, 504, "its time is over before it is read");
     assert_eq!(config("wine")["max_batch_size"], 0);
 
