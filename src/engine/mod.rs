@@ -120,6 +120,7 @@ impl Reply {
             version: version.id(),
             digest: Arc::clone(version.digest()),
             labels: labels.collect(),
+            batched: version.batching().has_rows(specs),
             outputs: names.zip(outputs).map(|(name, tensor)| NamedTensor { name, tensor }).collect(),
             timings: Timings { prepare: self.prepared.saturating_duration_since(trace.arrived()), ..timings },
             permit,

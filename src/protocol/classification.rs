@@ -1,7 +1,8 @@
 //! The classification extension, for all protocols: an output that is asked for so is answered by its best classes
 //! instead of its scores, as BYTES elements `score:index` or, where the output has labels, `score:index:label`.
 //!
-//! The last axis counts the classes. Best first; of equal scores the lower index; NaN last. Pure.
+//! All that comes after the leading axis, where that counts rows, are classes, in row-major order. Best first; of equal
+//! scores the lower index; NaN last. Pure.
 
 use std::cmp::Ordering;
 use std::fmt::Display;
@@ -48,7 +49,8 @@ impl Classes {
         let mut room = MAX_BYTES;
         for (output, labels) in response.outputs.iter_mut().zip(&response.labels) {
             if let Some(count) = self.count(&output.name) {
-                output.tensor = classify(&output.name, &output.tensor, count, labels.as_deref(), room)?;
+                let ask = Ask { count, batched: response.batched, labels: labels.as_deref(), room };
+                output.tensor = classify(&output.name, &output.tensor, ask)?;
                 room -= output.tensor.data().len();
             }
         }
@@ -60,14 +62,30 @@ impl Classes {
     }
 }
 
+/// What is asked of one output.
+struct Ask<'a> {
+    count: usize,
+    /// Its leading axis counts rows.
+    batched: bool,
+    labels: Option<&'a [String]>,
+    room: usize,
+}
+
 /// The best `count` classes of each row, or all of them, in at most `room` bytes.
-fn classify(output: &str, scores: &Tensor, count: usize, labels: Option<&[String]>, room: usize) -> Result<Tensor> {
-    let Some((classes, rows)) = scores.shape().dims().split_last() else {
-        return Err(unfit(output, "it is a scalar, expected at least one axis, of classes"));
+fn classify(output: &str, scores: &Tensor, ask: Ask<'_>) -> Result<Tensor> {
+    let Ask { count, batched, labels, room } = ask;
+    let dims = scores.shape().dims();
+    let (rows, axes) = match dims {
+        [] => return Err(unfit(output, "it is a scalar, expected at least one axis, of classes")),
+        // A model for one row alone says so by an axis of 1.
+        [_, axes @ ..] if batched || dims[0] == 1 && !axes.is_empty() => (&dims[..1], axes),
+        axes => (&[][..], axes),
     };
+    let classes = axes.iter().try_fold(1usize, |classes, axis| classes.checked_mul(*axis));
+    let classes = classes.ok_or_else(|| unfit(output, "its axes are too long"))?;
     let shape =
-        Shape::new([rows, &[count.min(*classes)]].concat()).map_err(|error| unfit(output, &error.to_string()))?;
-    let best = Best { classes: *classes, count, labels: labels.filter(|labels| labels.len() == *classes), room };
+        Shape::new([rows, &[count.min(classes)]].concat()).map_err(|error| unfit(output, &error.to_string()))?;
+    let best = Best { classes, count, labels: labels.filter(|labels| labels.len() == classes), room };
     let data = match scores.dtype() {
         DataType::Uint8 => best.of(scores, u8::cmp, u8::to_string),
         DataType::Uint16 => best.of(scores, u16::cmp, u16::to_string),
@@ -130,7 +148,8 @@ impl Best<'_> {
             }
             ranks.sort_unstable_by(better);
             for index in &ranks {
-                let label = self.labels.map(|labels| format!(":{}", labels[*index])).unwrap_or_default();
+                let label = self.labels.map(|labels| &labels[*index]).filter(|label| !label.is_empty());
+                let label = label.map(|label| format!(":{label}")).unwrap_or_default();
                 strings::push(&mut data, format!("{}:{index}{label}", text(&row[*index])).as_bytes())?;
                 if data.len() > self.room {
                     return None;
@@ -166,7 +185,11 @@ mod tests {
     }
 
     fn best(scores: &Tensor, count: usize, labels: Option<&[String]>) -> (Vec<usize>, Vec<String>) {
-        let classes = classify("y", scores, count, labels, MAX_BYTES).unwrap();
+        ranked(scores, count, scores.shape().rank() > 1, labels)
+    }
+
+    fn ranked(scores: &Tensor, count: usize, batched: bool, labels: Option<&[String]>) -> (Vec<usize>, Vec<String>) {
+        let classes = classify("y", scores, Ask { count, batched, labels, room: MAX_BYTES }).unwrap();
         let texts = classes.strings().map(|text| String::from_utf8(text.to_vec()).unwrap()).collect();
         (classes.shape().dims().to_vec(), texts)
     }
@@ -179,7 +202,7 @@ mod tests {
             (vec![2, 2], ["3.300000:1", "0.250000:0", "8.500000:2", "7.000000:0"].map(String::from).into())
         );
         let labels = ["a", "b:c", ""].map(String::from);
-        assert_eq!(best(&rows, 1, Some(&labels)).1, ["3.300000:1:b:c", "8.500000:2:"]);
+        assert_eq!(best(&rows, 1, Some(&labels)).1, ["3.300000:1:b:c", "8.500000:2"]);
         assert_eq!(best(&rows, 1, Some(&labels[..2])).1, ["3.300000:1", "8.500000:2"], "labels of something else");
         assert_eq!(best(&rows, usize::MAX, None).0, [2, 3]);
         assert_eq!(
@@ -209,13 +232,35 @@ mod tests {
             let (shape, classes) = best(&scores::<f32>(dims, vec![]), 2, None);
             assert_eq!((shape.len(), classes.len()), (dims.len(), 0), "{dims:?}");
         }
-        assert_eq!(best(&scores(&[2, 1, 1], vec![1f32, 2.0]), 5, None).0, [2, 1, 1]);
+        assert_eq!(best(&scores(&[2, 1, 1], vec![1f32, 2.0]), 5, None).0, [2, 1]);
+    }
+
+    #[test]
+    fn all_axes_but_that_of_rows_are_classes() {
+        let image = scores(&[1, 1000, 1, 1], (0..1000i32).collect());
+        let labels: Vec<String> = (0..1000).map(|class| format!("c{class}")).collect();
+        for batched in [true, false] {
+            let (shape, classes) = ranked(&image, 3, batched, Some(&labels));
+            assert_eq!((&shape[..], &classes[0][..], &classes[2][..]), (&[1, 3][..], "999:999:c999", "997:997:c997"));
+        }
+        let grid = scores(&[2, 2, 2], vec![1i8, 2, 3, 4, 8, 7, 6, 5]);
+        for (batched, shape, classes) in
+            [(true, &[2, 2][..], &["4:3", "3:2", "8:0", "7:1"][..]), (false, &[2], &["8:4", "7:5"])]
+        {
+            let (found, texts) = ranked(&grid, 2, batched, None);
+            assert_eq!((&found[..], texts), (shape, classes.iter().map(|text| text.to_string()).collect()));
+        }
+        let flat = scores(&[2], vec![1i8, 2]);
+        assert_eq!(ranked(&flat, 2, true, None), (vec![2, 1], ["1:0", "2:0"].map(String::from).into()));
+        assert_eq!(ranked(&flat, 2, false, None), (vec![2], ["2:1", "1:0"].map(String::from).into()));
+        assert_eq!(ranked(&scores(&[1], vec![7i8]), 2, false, None).0, [1]);
     }
 
     #[test]
     fn what_is_no_number_is_refused() {
         let refused = |tensor: Tensor| {
-            let error = classify("y", &tensor, 1, None, MAX_BYTES).unwrap_err();
+            let error =
+                classify("y", &tensor, Ask { count: 1, batched: false, labels: None, room: MAX_BYTES }).unwrap_err();
             assert_eq!(error.kind(), Kind::InvalidInput);
             error.message().to_string()
         };
@@ -230,9 +275,10 @@ mod tests {
     fn long_labels_are_bounded() {
         let labels = vec!["l".repeat(100); 4];
         let rows = scores(&[2, 4], vec![0f32; 8]);
-        let bytes = classify("y", &rows, 4, Some(&labels), MAX_BYTES).unwrap().data().len();
-        assert!(classify("y", &rows, 4, Some(&labels), bytes).is_ok());
-        assert_eq!(classify("y", &rows, 4, Some(&labels), bytes - 1).unwrap_err().kind(), Kind::TooLarge);
+        let ranked = |room| classify("y", &rows, Ask { count: 4, batched: true, labels: Some(&labels), room });
+        let bytes = ranked(MAX_BYTES).unwrap().data().len();
+        assert!(ranked(bytes).is_ok());
+        assert_eq!(ranked(bytes - 1).unwrap_err().kind(), Kind::TooLarge);
     }
 
     proptest! {

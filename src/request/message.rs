@@ -150,6 +150,8 @@ pub struct InferResponse {
     pub outputs: Vec<NamedTensor>,
     /// Names of the classes of each output, by index, where it has them.
     pub labels: Vec<Option<Arc<[String]>>>,
+    /// The leading dimension of every output counts rows.
+    pub batched: bool,
     pub timings: Timings,
     /// The request's place in the server, held until the answer is written.
     pub permit: Permit,

@@ -18,6 +18,14 @@ pub struct Batching<'a> {
     pub ragged: Option<&'a Ragged>,
 }
 
+impl Batching<'_> {
+    /// Whether the leading dimension of every one of the `outputs` counts rows.
+    pub fn has_rows(&self, outputs: &[TensorSpec]) -> bool {
+        let by_rows = |spec: &TensorSpec| spec.dims.is_none() || spec.has_free_rows();
+        self.enabled || self.max_batch_size.is_some() && outputs.iter().all(by_rows)
+    }
+}
+
 /// A request checked against a signature. Nothing downstream checks again.
 #[derive(Debug)]
 pub struct Prepared {

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use half::{bf16, f16};
 
 use crate::error::quoted;
-use crate::tensor::json::{Data, DataError, NotFinite};
+use crate::tensor::json::{Data, DataError, ElementError, NotFinite};
 use crate::tensor::{DataType, Tensor};
 
 /// One element, widened without loss.
@@ -97,8 +97,11 @@ pub(super) fn converted(tensor: Tensor, dtype: DataType) -> Result<Tensor, DataE
                 write!(text, "{separator}\"{}Infinity\"", if value < 0.0 { "-" } else { "" })
             }
             Some(Element::Float(value)) => write!(text, "{separator}{value:e}"),
-            // Strings are no numbers: found to be of the wrong kind at the first.
-            Some(Element::Bytes(_)) => write!(text, "{separator}\"\""),
+            // At the first, as finding each would be to walk over those before.
+            Some(Element::Bytes(_)) => {
+                let error = ElementError::Type { found: "a string", expected: "a number" };
+                return Err(DataError::Element { index, error });
+            }
         };
     }
     text.push(']');
@@ -160,6 +163,9 @@ mod tests {
         assert_eq!(converted(integers, DataType::Uint64).unwrap().to_vec::<u64>(), Some(vec![i64::MAX as u64, 300]));
         let text = Tensor::from_strings(shape(), ["1", "2"]).unwrap();
         assert!(converted(text, DataType::Int8).is_err());
+        // So many that to look at more than the first would not end.
+        let texts = Tensor::from_strings(Shape::new([1 << 21]).unwrap(), vec![""; 1 << 21]).unwrap();
+        assert!(converted(texts, DataType::Fp32).is_err());
         let empty = Tensor::from_vec(Shape::new([0, 4]).unwrap(), Vec::<f64>::new()).unwrap();
         assert_eq!(converted(empty, DataType::Fp32).unwrap().shape().dims(), [0, 4]);
     }

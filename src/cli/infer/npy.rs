@@ -14,6 +14,9 @@ const MAGIC: &[u8] = b"\x93NUMPY";
 /// Longest header, in bytes; what arrays without fields have is far shorter.
 const MAX_HEADER_BYTES: usize = 64 << 10;
 
+/// Strings of an array whose strings take no bytes, so that the file's length does not bound them.
+const MAX_EMPTY_STRINGS: usize = 1 << 20;
+
 pub(super) fn is_npy(file: &[u8]) -> bool {
     file.starts_with(MAGIC)
 }
@@ -112,6 +115,10 @@ fn strings(data: &[u8], shape: Shape, size: usize, element: impl Fn(&[u8]) -> Re
         bail!("the .npy file is not whole: {} bytes of data for {} strings of {size}", data.len(), shape.elements());
     }
     let elements: Vec<Vec<u8>> = match size {
+        // Nothing but the header says how many there are.
+        0 if shape.elements() > MAX_EMPTY_STRINGS => {
+            bail!("the array has {} empty strings, expected at most {MAX_EMPTY_STRINGS}", shape.elements())
+        }
         0 => vec![Vec::new(); shape.elements()],
         _ => data.chunks(size).map(element).collect::<Result<_>>()?,
     };
@@ -185,6 +192,10 @@ pub(super) mod tests {
         assert_eq!(strings(file("<U3", "()", &little)), ["é🦀".as_bytes()]);
         assert_eq!(strings(file(">U3", "()", &big)), ["é🦀".as_bytes()]);
         assert_eq!(strings(file("<U0", "(2,)", b"")), [b"", b""]);
+        for descr in ["|S0", "<U0"] {
+            let refused = read(file(descr, "(576460752303423488,)", b"")).unwrap_err().to_string();
+            assert!(refused.contains("576460752303423488 empty strings"), "{refused}");
+        }
         assert!(read(file("<U1", "()", &[0xff; 4])).is_err());
     }
 

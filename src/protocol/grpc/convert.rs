@@ -278,6 +278,7 @@ mod tests {
             digest: "sha256:ab".into(),
             outputs: vec![NamedTensor { name: "y".into(), tensor: tensor.clone() }],
             labels: vec![None],
+            batched: true,
             timings: Timings::default(),
             permit: budget.admit(0, Instant::now()).unwrap(),
         });

@@ -14,7 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use tokio::runtime::{Handle, RuntimeFlavor};
-use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::Sleep;
 use tonic::Status;
 
@@ -33,6 +33,55 @@ pub(super) const LONG: usize = 128 << 10;
 
 /// Long messages decoded or encoded at once, each on a thread of its own.
 pub(super) const MAX_PLACES: usize = 16;
+
+/// Where long messages are decoded and encoded. A free place is nobody's until somebody who is polled takes it: a queue
+/// would hand it to whoever waits longest, and what belongs to a call whose client does not read is not polled any more.
+pub(super) struct Places {
+    free: Semaphore,
+    freed: Notify,
+}
+
+/// A place that nobody else has, until it is dropped.
+pub(super) struct Place(Arc<Places>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.add(1);
+    }
+}
+
+impl Places {
+    pub(super) fn new(count: usize) -> Arc<Places> {
+        Arc::new(Places { free: Semaphore::new(count), freed: Notify::new() })
+    }
+
+    pub(super) async fn take(self: &Arc<Self>) -> Place {
+        loop {
+            // Before the look, so that no place freed after it is missed.
+            let freed = self.freed.notified();
+            if let Ok(free) = self.free.try_acquire() {
+                free.forget();
+                return Place(Arc::clone(self));
+            }
+            freed.await;
+        }
+    }
+
+    pub(super) fn wait(self: Arc<Self>) -> Waiting {
+        Box::pin(async move { self.take().await })
+    }
+
+    pub(super) fn add(&self, count: usize) {
+        self.free.add_permits(count);
+        // All of them: whoever were chosen might not be polled.
+        self.freed.notify_waiters();
+    }
+
+    #[cfg(test)]
+    pub(super) fn free(&self) -> usize {
+        self.free.available_permits()
+    }
+}
 
 /// What one message, its method and its answer share. Of a unary call it travels in the request's extensions.
 #[derive(Clone, Default)]
@@ -101,7 +150,7 @@ impl Intake {
     }
 
     /// Polls the call, for as long as the caller waits.
-    pub(super) async fn follow<F: Future>(&self, call: F, places: &Semaphore) -> Result<F::Output> {
+    pub(super) async fn follow<F: Future>(&self, call: F, places: &Arc<Places>) -> Result<F::Output> {
         let timeout = self.state().timeout;
         let polled = self.poll(call, places);
         match timeout {
@@ -111,7 +160,7 @@ impl Intake {
     }
 
     /// Where a long message is decoded, in one of the `places` and off the I/O threads.
-    async fn poll<F: Future>(&self, call: F, places: &Semaphore) -> F::Output {
+    async fn poll<F: Future>(&self, call: F, places: &Arc<Places>) -> F::Output {
         let mut call = pin!(call);
         loop {
             let polled = poll_fn(|cx| match call.as_mut().poll(cx) {
@@ -121,8 +170,7 @@ impl Intake {
             if let Some(output) = polled.await {
                 return output;
             }
-            // Fails only once closed, which nobody does.
-            let _place = places.acquire().await;
+            let _place = places.take().await;
             self.state().held_back = false;
             if let Poll::Ready(output) = poll_fn(|cx| Poll::Ready(at_length(|| call.as_mut().poll(cx)))).await {
                 return output;
@@ -325,7 +373,7 @@ fn too_long(found: usize, limit: usize) -> Error {
 }
 
 /// For a place to encode a long answer in.
-pub(super) type Waiting = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
+pub(super) type Waiting = Pin<Box<dyn Future<Output = Place> + Send>>;
 
 /// An answer's body. It and its pieces hold the request's place until the last byte is written.
 pub(super) struct Outward {
@@ -339,8 +387,8 @@ pub(super) struct Outward {
 
 impl Outward {
     /// A long answer is encoded in one of the `places`.
-    pub(super) fn new(inner: tonic::body::Body, permit: Permit, places: Option<Arc<Semaphore>>) -> Outward {
-        let waiting = places.map(|places| -> Waiting { Box::pin(places.acquire_owned()) });
+    pub(super) fn new(inner: tonic::body::Body, permit: Permit, places: Option<Arc<Places>>) -> Outward {
+        let waiting = places.map(Places::wait);
         Outward { inner, rest: Bytes::new(), waiting, permit: Arc::new(permit) }
     }
 }
@@ -352,7 +400,7 @@ impl Body for Outward {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.get_mut();
         if this.rest.is_empty() {
-            // Fails only once closed, which nobody does. Free again once the frame is encoded.
+            // Free again once the frame is encoded.
             let place = this.waiting.as_mut().map(|waiting| waiting.as_mut().poll(cx));
             let place = match place {
                 Some(Poll::Pending) => return Poll::Pending,
@@ -478,15 +526,47 @@ mod tests {
             wire[0] = u8::from(compressed);
             let body = Full::new(Bytes::from(wire));
             let body = Inward::new(body, Framing::new(LONG, compressed), Duration::MAX, intake.clone());
-            let places = Semaphore::new(0);
+            let places = Places::new(0);
             let mut call = pin!(intake.follow(body.collect(), &places));
             let early = poll_fn(|cx| Poll::Ready(call.as_mut().poll(cx))).await;
             assert_eq!(early.is_pending(), waits, "{length}");
             if waits {
-                places.add_permits(1);
+                places.add(1);
                 assert_eq!(call.await.unwrap().unwrap().to_bytes().len(), PREFIX + length);
             }
         }
+    }
+
+    /// As on a stream whose client does not read its answers.
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_nobody_follows_any_more_is_given_no_place() {
+        let places = Places::new(0);
+        let follow = || async {
+            let intake = Intake::default();
+            let body = Full::new(Bytes::from(message(LONG)));
+            let body = Inward::new(body, Framing::new(LONG, false), Duration::MAX, intake.clone());
+            intake.follow(body.collect(), &places).await.unwrap().unwrap().to_bytes().len()
+        };
+        let (mut stalled, mut waiting) = (pin!(follow()), pin!(follow()));
+        for call in [&mut stalled, &mut waiting] {
+            assert!(poll_fn(|cx| Poll::Ready(call.as_mut().poll(cx))).await.is_pending());
+        }
+        places.add(1);
+        // The clock is paused: it ends once nothing else can move.
+        let decoded = tokio::time::timeout(Duration::from_secs(1), waiting).await.expect("a place");
+        assert_eq!((decoded, places.free()), (PREFIX + LONG, 1));
+        assert_eq!(stalled.await, PREFIX + LONG);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_nobody_writes_is_given_no_place() {
+        let places = Places::new(0);
+        let mut unwritten = Arc::clone(&places).wait();
+        assert!(poll_fn(|cx| Poll::Ready(unwritten.as_mut().poll(cx))).await.is_pending());
+        places.add(1);
+        drop(tokio::time::timeout(Duration::from_secs(1), places.take()).await.expect("a place"));
+        drop(unwritten.await);
+        assert_eq!(places.free(), 1);
     }
 
     #[tokio::test(start_paused = true)]
@@ -495,7 +575,7 @@ mod tests {
         let intake = Intake::new(None, None, Some(TIMEOUT));
         let body = Full::new(Bytes::from(message(LONG)));
         let body = Inward::new(body, Framing::new(LONG, false), Duration::MAX, intake.clone());
-        let (places, began) = (Semaphore::new(0), tokio::time::Instant::now());
+        let (places, began) = (Places::new(0), tokio::time::Instant::now());
         let followed = intake.follow(body.collect(), &places);
         let followed = tokio::time::timeout(2 * TIMEOUT, followed).await.expect("an end at the deadline");
         assert_eq!(followed.unwrap_err(), common::expired());
@@ -510,13 +590,13 @@ mod tests {
         };
         assert_eq!(answer(None).collect().await.unwrap().to_bytes().len(), PREFIX + LONG);
 
-        let places = Arc::new(Semaphore::new(0));
+        let places = Places::new(0);
         let mut long = answer(Some(Arc::clone(&places)));
         let early = poll_fn(|cx| Poll::Ready(Pin::new(&mut long).poll_frame(cx))).await;
         assert!(early.is_pending());
-        places.add_permits(1);
+        places.add(1);
         let first = long.frame().await.unwrap().unwrap().into_data().unwrap();
-        assert_eq!(places.available_permits(), 1, "free for the next before this one is sent");
+        assert_eq!(places.free(), 1, "free for the next before this one is sent");
         assert_eq!(first.len() + long.collect().await.unwrap().to_bytes().len(), PREFIX + LONG);
     }
 

@@ -40,7 +40,7 @@ use crate::protocol::common;
 use crate::protocol::status;
 use crate::request::{Origin, Protocol};
 use health::HealthService;
-use intake::{Framing, Intake, Inward, MAX_PLACES, Outward, check_announced};
+use intake::{Framing, Intake, Inward, MAX_PLACES, Outward, Places, check_announced};
 use metadata::Terms;
 use proto::grpc_inference_service_server::{GrpcInferenceServiceServer, SERVICE_NAME as SERVICE};
 use reflection::Reflection;
@@ -87,7 +87,7 @@ struct Grpc {
     health: Arc<HealthService>,
     reflection: Result<Arc<Reflection>>,
     /// For decoding and encoding long messages.
-    places: Arc<Semaphore>,
+    places: Arc<Places>,
     /// For open streams.
     streams: Arc<Semaphore>,
 }
@@ -99,7 +99,7 @@ pub fn routes(engine: Arc<Engine>, config: Config) -> axum::Router {
 }
 
 fn service(engine: Arc<Engine>, config: Config) -> Grpc {
-    let places = Arc::new(Semaphore::new(MAX_PLACES));
+    let places = Places::new(MAX_PLACES);
     Grpc {
         inference: Arc::new(InferenceService::new(Arc::clone(&engine), Arc::clone(&places))),
         health: Arc::new(HealthService::new(Arc::clone(&engine))),

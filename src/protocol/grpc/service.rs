@@ -4,11 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::Semaphore;
 use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::intake::{Admitted, Intake, LONG, at_length, grow_to};
+use super::intake::{Admitted, Intake, LONG, Places, at_length, grow_to};
 use super::proto::grpc_inference_service_server::GrpcInferenceService;
 use super::proto::{self, model_metadata_response::TensorMetadata, repository_index_response::ModelIndex};
 use super::stream::Answers;
@@ -21,12 +20,12 @@ use crate::tensor::TensorSpec;
 
 pub(super) struct InferenceService {
     engine: Arc<Engine>,
-    places: Arc<Semaphore>,
+    places: Arc<Places>,
 }
 
 impl InferenceService {
     /// Long answers are classified in one of the `places`.
-    pub(super) fn new(engine: Arc<Engine>, places: Arc<Semaphore>) -> Self {
+    pub(super) fn new(engine: Arc<Engine>, places: Arc<Places>) -> Self {
         InferenceService { engine, places }
     }
 
@@ -43,7 +42,7 @@ impl InferenceService {
 /// From a decoded message to what answers it, on a call of its own or on a stream.
 pub(super) async fn infer(
     engine: &Engine,
-    places: &Semaphore,
+    places: &Arc<Places>,
     admitted: Admitted,
     message: proto::ModelInferRequest,
 ) -> Result<InferResponse> {
@@ -58,8 +57,7 @@ pub(super) async fn infer(
     if classes.work(&response) <= LONG {
         return classes.of(response);
     }
-    // Fails only once closed, which nobody does.
-    let _place = places.acquire().await;
+    let _place = places.take().await;
     at_length(|| classes.of(response))
 }
 

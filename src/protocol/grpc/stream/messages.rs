@@ -69,7 +69,8 @@ impl Messages {
     }
 
     /// Passes over what is left of a message that was refused. `None` where it has no end to be found: the body ended,
-    /// what stands in front of it is no prefix, or it is longer than `limit`. Otherwise its id.
+    /// what stands in front of it is no prefix, or it is longer than `limit`. Otherwise its id, empty where it is
+    /// compressed.
     pub(super) fn poll_skip(&self, limit: usize, cx: &mut Context<'_>) -> Poll<Option<String>> {
         let mut state = self.state();
         loop {
@@ -79,7 +80,7 @@ impl Messages {
             match ready!(state.poll_part(cx)) {
                 Some(Ok(_)) => {}
                 Some(Err(_)) => return Poll::Ready(None),
-                None if state.is_whole() => return Poll::Ready(Some(codec::id(&state.beginning))),
+                None if state.is_whole() => return Poll::Ready(Some(state.id())),
                 None => return Poll::Ready(None),
             }
         }
@@ -148,6 +149,11 @@ impl State {
 
     fn announced(&self) -> usize {
         read_length(&self.prefix)
+    }
+
+    /// What a compressed message begins with may look like an id and is none.
+    fn id(&self) -> String {
+        if self.prefix[0] == 0 { codec::id(&self.beginning) } else { String::new() }
     }
 }
 
@@ -232,6 +238,19 @@ mod tests {
             assert_eq!(poll_fn(|cx| messages.poll_skip(request.len(), cx)).await, Some("7".into()));
             assert!(poll_fn(|cx| messages.poll_begin(cx)).await.unwrap());
             assert_eq!(messages.clone().collect().await.unwrap().to_bytes(), framed(b"next"));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_compressed_message_is_not_searched_for_an_id() {
+        let request = crate::protocol::grpc::proto::ModelInferRequest { id: "7".into(), ..Default::default() };
+        // A stream of deflate may hold its content as it is, so that it reads as the message itself.
+        let mut wire = framed(&prost::Message::encode_to_vec(&request));
+        for (flag, id) in [(0, "7"), (1, "")] {
+            wire[0] = flag;
+            let messages = Messages::new(Chunks([wire.clone().into()].into()));
+            assert!(poll_fn(|cx| messages.poll_begin(cx)).await.unwrap());
+            assert_eq!(poll_fn(|cx| messages.poll_skip(100, cx)).await, Some(id.into()));
         }
     }
 

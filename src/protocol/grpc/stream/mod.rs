@@ -29,7 +29,7 @@ use tonic::codegen::tokio_stream::Stream;
 use tonic::{Request, Status, Streaming};
 
 use super::codec::CheckedDecoder;
-use super::intake::{Admitted, Framing, Intake, Inward, LONG, check_announced};
+use super::intake::{Admitted, Framing, Intake, Inward, LONG, Places, check_announced};
 use super::metadata::Terms;
 use super::proto::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use super::{Config, ORIGIN, convert, refusal, service, status_of};
@@ -82,7 +82,7 @@ struct Reader {
     /// Of this stream.
     room: Arc<Semaphore>,
     /// For decoding long messages.
-    places: Arc<Semaphore>,
+    places: Arc<Places>,
 }
 
 /// A request; or none, as the client sends no more; or why no more are taken.
@@ -172,7 +172,7 @@ struct Answered {
 }
 
 impl Answered {
-    async fn to(arrived: Arrived, engine: Arc<Engine>, places: Arc<Semaphore>) -> Answered {
+    async fn to(arrived: Arrived, engine: Arc<Engine>, places: Arc<Places>) -> Answered {
         let Arrived { room, trace, request } = arrived;
         let (request, admitted) = match request {
             Ok(request) => request,
@@ -208,7 +208,7 @@ impl Answered {
 /// The answers of one stream, and all that is in the server for it.
 pub(super) struct Answers {
     engine: Arc<Engine>,
-    places: Arc<Semaphore>,
+    places: Arc<Places>,
     /// `None` once no more is read.
     reading: Option<Reading>,
     running: FuturesOrdered<Pin<Box<dyn Future<Output = Answered> + Send>>>,
@@ -231,7 +231,7 @@ impl Answers {
         messages: Messages,
         terms: Terms,
         config: Config,
-        places: &Arc<Semaphore>,
+        places: &Arc<Places>,
         outlet: Outlet,
     ) -> Answers {
         let (closing, deadline) = closing(engine.watch_phase(), terms.timeout);

@@ -7,11 +7,11 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 use tonic::Status;
 
 use crate::protocol::common;
-use crate::protocol::grpc::intake::{Waiting, at_length};
+use crate::protocol::grpc::intake::{Places, Waiting, at_length};
 use crate::request::Permit;
 
 /// What an answer keeps until it is written: its place in the server, which a refused request has not, and the one on
@@ -75,7 +75,7 @@ pub(in crate::protocol::grpc) struct Outward {
     /// What the answers in it hold.
     held: Arc<Vec<Held>>,
     outlet: Outlet,
-    places: Arc<Semaphore>,
+    places: Arc<Places>,
     waiting: Option<Waiting>,
     /// The stream's own place, held until it has ended.
     _open: OwnedSemaphorePermit,
@@ -86,7 +86,7 @@ impl Outward {
     pub(in crate::protocol::grpc) fn new(
         inner: tonic::body::Body,
         outlet: Outlet,
-        places: Arc<Semaphore>,
+        places: Arc<Places>,
         open: OwnedSemaphorePermit,
     ) -> Outward {
         Outward { inner, rest: Bytes::new(), held: Arc::default(), outlet, places, waiting: None, _open: open }
@@ -97,7 +97,7 @@ impl Outward {
             let frame = match &mut self.waiting {
                 None => Pin::new(&mut self.inner).poll_frame(cx),
                 Some(waiting) => {
-                    // Fails only once closed, which nobody does. Free again once the frame is encoded.
+                    // Free again once the frame is encoded.
                     let _place = ready!(waiting.as_mut().poll(cx));
                     self.waiting = None;
                     self.outlet.state().long = Long::MayGo;
@@ -105,7 +105,7 @@ impl Outward {
                 }
             };
             if frame.is_pending() && self.outlet.state().long == Long::Waits {
-                self.waiting = Some(Box::pin(Arc::clone(&self.places).acquire_owned()));
+                self.waiting = Some(Arc::clone(&self.places).wait());
                 continue;
             }
             return frame;
@@ -151,6 +151,7 @@ mod tests {
     use std::time::Instant;
 
     use http_body_util::BodyExt;
+    use tokio::sync::Semaphore;
 
     use super::*;
     use crate::request::{Budget, BudgetConfig};
@@ -185,15 +186,15 @@ mod tests {
         };
         let outlet = Outlet::default();
         let answers = Answers(vec![answer(), answer()], outlet.clone());
-        let (places, open) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(1)));
+        let (places, open) = (Places::new(0), Arc::new(Semaphore::new(1)));
         let open = open.try_acquire_owned().unwrap();
         let mut outward = Outward::new(tonic::body::Body::new(answers), outlet, Arc::clone(&places), open);
         let early = poll_fn(|cx| Poll::Ready(Pin::new(&mut outward).poll_frame(cx))).await;
         assert!(early.is_pending());
-        places.add_permits(1);
+        places.add(1);
         for left in [1, 0] {
             let bytes = outward.frame().await.unwrap().unwrap().into_data().unwrap();
-            assert_eq!((&bytes[..], places.available_permits()), (&b"answer"[..], 1), "free before it is sent");
+            assert_eq!((&bytes[..], places.free()), (&b"answer"[..], 1), "free before it is sent");
             let part = bytes.slice(3..);
             drop(bytes);
             assert_eq!((budget.requests(), room.available_permits()), (left + 1, 1 - left));
