@@ -9,7 +9,7 @@ use super::grpc::proto::model_queue_policy::TimeoutAction;
 use super::grpc::proto::model_version_policy::{All, Latest, PolicyChoice, Specific};
 use super::grpc::proto::{self, StatisticDuration};
 use crate::engine::{Compute, Device, Setup, Sharing, Total, VersionPolicy, VersionStatistics};
-use crate::request::Priority;
+use crate::request::{Batching, Priority};
 use crate::tensor::{DataType, TensorSpec};
 
 /// The configuration in effect, whoever set it: `model.toml`, a default, or what was found out about the model.
@@ -37,8 +37,8 @@ pub(super) fn config(setup: Setup) -> proto::ModelConfig {
 /// Every input and output has a leading dimension of rows: it batches, or `model.toml` bounds the rows of a request, which
 /// speaks for the inputs.
 fn has_batch(setup: &Setup) -> bool {
-    let by_rows = |spec: &TensorSpec| spec.dims.is_none() || spec.has_free_rows();
-    setup.batching || setup.max_batch_size.is_some() && setup.signature.outputs.iter().all(by_rows)
+    let batching = Batching { enabled: setup.batching, max_batch_size: setup.max_batch_size, ragged: None };
+    batching.has_rows(&setup.signature.outputs)
 }
 
 fn input(spec: &TensorSpec, batched: bool) -> proto::ModelInput {
