@@ -127,7 +127,6 @@ fn dynamic_batching(sharing: &Sharing) -> SchedulingChoice {
             default_timeout_microseconds: sharing.default_timeout.map_or(0, microseconds),
             allow_timeout_override: true,
             max_queue_size: u32::try_from(sharing.max_queue_requests).unwrap_or(u32::MAX),
-            ..Default::default()
         }),
         ..Default::default()
     })
