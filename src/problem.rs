@@ -28,6 +28,14 @@ pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
         .map(|(_, candidate)| candidate)
 }
 
+/// What was expected in an unknown name's place: the known one that it most likely means, or else all of them.
+pub fn expected_name(name: &str, known: &[&str]) -> String {
+    match nearest(name, known.iter().copied()) {
+        Some(near) => format!("`{near}`, perhaps"),
+        None => format!("one of {}", known.join(", ")),
+    }
+}
+
 /// Levenshtein's distance, one row at a time.
 fn edit_distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();

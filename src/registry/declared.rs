@@ -1,7 +1,7 @@
 //! What a model's settings say of its tensors, held against what the model itself says. Pure.
 
 use super::model_config::{ModelConfig, TensorConfig};
-use crate::problem::nearest;
+use crate::problem::expected_name;
 use crate::tensor::{Dim, Signature, TensorSpec, wire_shape};
 
 /// An error names the tensor, what was found and what was expected.
@@ -24,12 +24,8 @@ pub fn check(config: &ModelConfig, signature: &Signature) -> Result<(), String> 
 
 fn one(side: &str, name: &str, declared: &TensorConfig, specs: &[TensorSpec]) -> Result<(), String> {
     let Some(spec) = specs.iter().find(|spec| &*spec.name == name) else {
-        let names = || specs.iter().map(|spec| &*spec.name);
-        let expected = match nearest(name, names()) {
-            Some(near) => format!("`{near}`, perhaps"),
-            None => format!("one of {}", names().collect::<Vec<_>>().join(", ")),
-        };
-        return Err(format!("`{side}s.{name}`: no such {side}, expected {expected}"));
+        let names: Vec<&str> = specs.iter().map(|spec| &*spec.name).collect();
+        return Err(format!("`{side}s.{name}`: no such {side}, expected {}", expected_name(name, &names)));
     };
     if declared.dtype.is_some_and(|dtype| dtype != spec.dtype) || !fits(declared.shape.as_deref(), spec) {
         let shape = wire_shape(declared.shape.as_deref().unwrap_or(&spec.to_wire()));

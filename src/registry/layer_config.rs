@@ -5,7 +5,7 @@ use toml::Value;
 
 use super::model_config::Section;
 use crate::backend::safetensors::layers::{Activation, Axes, Conv, Kind, Layer, MAX_LAYERS, Pool, Pooled, Sequential};
-use crate::problem::nearest;
+use crate::problem::expected_name;
 use crate::tensor::{DataType, Dim, TensorSpec};
 
 /// The largest extent, number of features and step.
@@ -127,11 +127,7 @@ fn read_layer(mut section: Section, position: usize, prefix: &str) -> Option<Lay
         return None;
     };
     let Some(known) = TYPES.into_iter().find(|known| *known == class) else {
-        let near = match nearest(&class, TYPES) {
-            Some(near) => format!("`{near}`, perhaps"),
-            None => format!("one of {}", TYPES.join(", ")),
-        };
-        section.problem("type", format!("\"{}\"", crate::error::quoted(&class)), near);
+        section.problem("type", format!("\"{}\"", crate::error::quoted(&class)), expected_name(&class, &TYPES));
         return None;
     };
     let kind = read_kind(&mut section, known);

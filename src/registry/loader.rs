@@ -18,7 +18,7 @@ use super::invent::{self, Random, Recipe};
 use super::model_config::{ModelConfig, WarmUp};
 use super::probe::Probe;
 use super::selftest::{self, BatchDecision};
-use super::source::{Discovered, Format, GOLDEN_FILE, MODEL_FILE, read_text};
+use super::source::{Discovered, Format, GOLDEN_FILE, MODEL_FILE, read_beside};
 use super::version::{Facts, OutputInfo, Version};
 use super::{declared, ragged, warmup};
 use crate::backend::safetensors::{self, Declared};
@@ -325,12 +325,6 @@ fn describe(copy: &Path) -> Result<(onnx::Description, BTreeSet<String>), Failur
 fn guarded<T>(read: impl FnOnce() -> Result<T, LoadError>) -> Result<T, LoadError> {
     catch_unwind(AssertUnwindSafe(read))
         .unwrap_or_else(|_| Err(LoadError::BadModel("the reader of model files panicked on it".into())))
-}
-
-/// A file in the model's own folder, links followed inside it only.
-fn read_beside(folder: &Path, file: &str, max_bytes: u64) -> Result<String, String> {
-    let folder = fs::canonicalize(folder).map_err(|error| error.to_string())?;
-    read_text(&folder, &folder.join(file), max_bytes)
 }
 
 /// One name a line; empty lines at the end do not count.

@@ -14,7 +14,7 @@ use crate::backend::Device;
 use crate::backend::safetensors::encoder::{EncoderConfig, Pooling};
 use crate::backend::safetensors::layers::Sequential;
 use crate::error::quoted;
-use crate::problem::{Problem, nearest};
+use crate::problem::{Problem, expected_name};
 use crate::request::VersionId;
 use crate::tensor::{DataType, MAX_RANK, OutputKind, Shape};
 use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
@@ -539,11 +539,7 @@ impl<'a> Section<'a> {
     pub(super) fn finish(self) {
         for key in self.table.keys().filter(|key| !self.known.contains(*key)) {
             let known: Vec<&str> = self.known.iter().map(String::as_str).collect();
-            let expected = match nearest(key, known.iter().copied()) {
-                Some(near) => format!("`{near}`, perhaps"),
-                None => format!("one of {}", known.join(", ")),
-            };
-            self.problem(key, "an unknown key".into(), expected);
+            self.problem(key, "an unknown key".into(), expected_name(key, &known));
         }
     }
 
@@ -565,6 +561,7 @@ fn shown(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::problem::nearest;
 
     fn id(n: u64) -> VersionId {
         VersionId::new(n).unwrap()

@@ -363,6 +363,12 @@ fn first(name: &Arc<str>) -> Key {
     Key { model: Arc::clone(name), version: VersionId::new(1).unwrap_or_else(|| unreachable!()) }
 }
 
+/// A file in the model's own folder, links followed inside it only.
+pub fn read_beside(folder: &Path, file: &str, max_bytes: u64) -> Result<String, String> {
+    let folder = fs::canonicalize(folder).map_err(|error| error.to_string())?;
+    read_text(&folder, &folder.join(file), max_bytes)
+}
+
 /// Reads a text file that must lie, links followed, below `root`. Errors carry no path.
 pub fn read_text(root: &Path, path: &Path, max_bytes: u64) -> Result<String, String> {
     String::from_utf8(read_bytes(root, path, max_bytes)?).map_err(|_| "is not UTF-8".into())

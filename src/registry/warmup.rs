@@ -8,7 +8,7 @@ use super::golden;
 use super::invent::{self, Random};
 use super::model_config::{MadeContent, MadeInput, MadeWarmUp, WarmUp};
 use super::probe::Probe;
-use super::source::{read_bytes, read_text};
+use super::source::{read_beside, read_bytes};
 use crate::tensor::{Signature, Tensor};
 
 /// Where, in a model's folder, the bytes of made inputs lie.
@@ -25,8 +25,7 @@ pub fn run(
 ) -> Result<(), String> {
     match warm_up {
         WarmUp::Request(file) => {
-            let folder = fs::canonicalize(folder).map_err(|error| error.to_string())?;
-            let text = read_text(&folder, &folder.join(file), golden::MAX_FILE_BYTES)?;
+            let text = read_beside(folder, file, golden::MAX_FILE_BYTES)?;
             probe.run(&[&golden::read_warm_up(&text, signature)?]).map(drop)
         }
         WarmUp::Made(made) => {
