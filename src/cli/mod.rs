@@ -48,6 +48,7 @@ enum Command {
 #[expect(clippy::print_stderr, reason = "the one place where a command's failure is told")]
 /// Parses, runs, and maps the result to an exit code: 0 done, 1 failed, 2 not usable as asked.
 pub fn main() -> ExitCode {
+    keep_to_ourselves();
     let outcome = match Arguments::parse().command {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Infer(arguments) => infer::run(arguments),
@@ -58,6 +59,15 @@ pub fn main() -> ExitCode {
         eprintln!("tidegate: {error:#}");
         ExitCode::from(EXIT_USAGE)
     })
+}
+
+/// ONNX Runtime's own library, from 1.29 on, keeps a device id and a database below the home folder and sends what it
+/// loads (names and hashes of models) to its maker, unless this is set before it is initialised: its switch in the API
+/// comes too late.
+#[expect(clippy::disallowed_methods, reason = "a library reads it; the server never does")]
+fn keep_to_ourselves() {
+    // SAFETY: called first in `main`, when no other thread exists that could read or write the environment.
+    unsafe { std::env::set_var("ORT_DISABLE_TELEMETRY", "1") };
 }
 
 /// Flags that choose the engine, shared by the commands that load models without a server.

@@ -56,6 +56,18 @@ fn version_and_help() {
 }
 
 #[test]
+fn a_loaded_engine_leaves_nothing_in_the_home_folder() {
+    let home = tempfile::tempdir().unwrap();
+    let models = root().join("models/wine");
+    let engine = if without_onnxruntime() { "tract" } else { "onnxruntime" };
+    let arguments = ["validate", models.to_str().unwrap(), "--engine", engine];
+    // Where tests run, `CI` may be set, which switches its telemetry off by itself: it is not handed on.
+    let output = run(&arguments, &[("HOME", home.path().to_str().unwrap())]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn inspect_shows_signature_engine_batching_and_threads() {
     let output = loading("inspect", &root().join("models/digits"));
     let text = stdout(&output);
