@@ -27,8 +27,10 @@ fn one(side: &str, name: &str, declared: &TensorConfig, specs: &[TensorSpec]) ->
         let names: Vec<&str> = specs.iter().map(|spec| &*spec.name).collect();
         return Err(format!("`{side}s.{name}`: no such {side}, expected {}", expected_name(name, &names)));
     };
-    if declared.dtype.is_some_and(|dtype| dtype != spec.dtype) || !fits(declared.shape.as_deref(), spec) {
-        let shape = wire_shape(declared.shape.as_deref().unwrap_or(&spec.to_wire()));
+    // The model's own shape, where clients see another.
+    let shape = declared.reshape.as_deref().or(declared.shape.as_deref());
+    if declared.dtype.is_some_and(|dtype| dtype != spec.dtype) || !fits(shape, spec) {
+        let shape = wire_shape(shape.unwrap_or(&spec.to_wire()));
         let dtype = declared.dtype.unwrap_or(spec.dtype);
         let expected = format!("{} {}", spec.dtype, wire_shape(&spec.to_wire()));
         return Err(format!("{side} `{name}`: found {dtype} {shape}, expected {expected} as in the model"));

@@ -20,7 +20,7 @@ use super::probe::Probe;
 use super::selftest::{self, BatchDecision};
 use super::source::{Discovered, Format, GOLDEN_FILE, MODEL_FILE, read_beside};
 use super::version::{Facts, OutputInfo, Version};
-use super::{declared, ragged, warmup};
+use super::{declared, ragged, view, warmup};
 use crate::backend::safetensors::{self, Declared};
 use crate::backend::{Artifact, Description, Instance, LoadError, LoadOptions, Model, onnx};
 use crate::monitor::{Monitor, MonitoredOutput};
@@ -248,8 +248,9 @@ impl Loader {
         // Only a loaded model says whether its instances share; those that do have no threads of their own to plan for.
         wish.instances_share_weights = model.instances_share_weights();
         let threads = ThreadPlan::new(self.cores, &wish);
+        declared::check(config, model.signature()).map_err(Failure::Config)?;
+        let model = view::of(model, config);
         let signature = Arc::new(model.signature().clone());
-        declared::check(config, &signature).map_err(Failure::Config)?;
         let mut warnings = [&config.warnings[..], model.warnings()].concat();
         let outputs = outputs(&*model, &staged.settings, staged.description.labels(), &mut warnings)?;
         let mut probe = Probe::new(model, Arc::clone(&self.gate), threads.threads)?;

@@ -27,6 +27,7 @@ mod selftest;
 mod source;
 mod table;
 mod version;
+mod view;
 mod warmup;
 mod watch;
 mod writer;

@@ -10,13 +10,14 @@ use toml::{Table, Value};
 use super::engines::BackendChoice;
 use super::layer_config;
 use super::ragged::RaggedConfig;
+use super::view::interchangeable;
 use crate::backend::Device;
 use crate::backend::safetensors::encoder::{EncoderConfig, Pooling};
 use crate::backend::safetensors::layers::Sequential;
 use crate::error::quoted;
 use crate::problem::{Problem, expected_name};
 use crate::request::VersionId;
-use crate::tensor::{DataType, MAX_RANK, OutputKind, Shape};
+use crate::tensor::{DataType, MAX_RANK, OutputKind, Shape, wire_shape};
 use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
 
 pub(super) const MAX_INSTANCES: i64 = 256;
@@ -25,6 +26,7 @@ pub(super) const MAX_ROWS: i64 = 1 << 20;
 pub(super) const MAX_QUEUE_REQUESTS: i64 = 1 << 24;
 pub(super) const MAX_DELAY: Duration = Duration::from_secs(60);
 pub(super) const MAX_WARM_UPS: usize = 64;
+pub(super) const RESHAPE_FORM: &str = "as many elements as the shape, and a -1 for each of its";
 
 /// Every key, with its meaning; a part of docs/configuration.md.
 pub const REFERENCE: &str = r#"# Every key is optional; an unknown one is an error. Files lie beside model.toml.
@@ -36,6 +38,7 @@ threads = 1                 # intra-op threads of one instance; by default plann
 labels = "labels.txt"       # class names, one a line, for every output that has classes
 warmup = ["warmup.json"]    # requests ({"inputs": [...]}) that must succeed before the version is ready
 versions = "all"            # or { latest = 2 }, the highest that load; or a list such as [1, 3]
+only_declared_outputs = false   # true: outputs without a section [outputs.…] are not given
 # model_file = "net.onnx"   # what a version's file is called; by default model.onnx or model.safetensors
 
 [batching]                  # or in short: batching = true, false or "auto"
@@ -54,13 +57,14 @@ default_timeout = "10s"     # how long a request may take; its own timeout may o
 
 [inputs.image]              # by the input's name: what the model must take, or it is not served. All inputs, or none
 datatype = "FP32"
-shape = [-1, 64]            # -1: any extent
+shape = [-1, 64]            # -1: any extent; what the model leaves free may be fixed
+# reshape = [-1, 8, 8]     # the model's own shape, where clients send another one of as many elements
 
 [outputs.probabilities]     # by the output's name
 kind = "probabilities"      # or log_probabilities, logits, binary_probability, labels, values
 labels = "labels.txt"
 datatype = "FP32"           # with shape: what the model must give
-shape = [-1, 10]
+shape = [-1, 10]            # and reshape, as above: answers have `shape`
 
 [goldens]
 on_load = false             # compare with expected.json at every load; a version that differs fails
@@ -124,6 +128,8 @@ pub struct ModelConfig {
     pub labels: Option<String>,
     /// By output name.
     pub outputs: BTreeMap<String, OutputConfig>,
+    /// Outputs that are not in `outputs` are not given.
+    pub only_declared_outputs: bool,
     /// What must succeed before the version is ready.
     pub warmup: Vec<WarmUp>,
     pub versions: VersionPolicy,
@@ -164,8 +170,10 @@ pub struct OutputConfig {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TensorConfig {
     pub dtype: Option<DataType>,
-    /// -1: any extent.
+    /// What clients send and get. -1: any extent.
     pub shape: Option<Vec<i64>>,
+    /// The model's own shape where it is another, [interchangeable](super::view::interchangeable) with `shape`.
+    pub reshape: Option<Vec<i64>>,
 }
 
 /// A warm-up run; see [`super::warmup`].
@@ -307,6 +315,7 @@ fn read_model(mut top: Section) -> ModelConfig {
         inputs: read_inputs(&mut top),
         labels: top.file("labels"),
         outputs: read_outputs(&mut top),
+        only_declared_outputs: top.read("only_declared_outputs", "true or false", Value::as_bool).unwrap_or(false),
         warmup: top.read("warmup", "a list of file names beside model.toml", read_files).unwrap_or_default(),
         versions: top
             .read("versions", "\"all\", { latest = 2 } or a list such as [1, 3]", read_policy)
@@ -320,6 +329,9 @@ fn read_model(mut top: Section) -> ModelConfig {
     };
     if let (Some(_), Some(_)) = (&config.sequential, &config.encoder) {
         top.problem("encoder", "[[layers]], too".into(), "one or the other".into());
+    }
+    if config.only_declared_outputs && config.outputs.is_empty() {
+        top.problem("only_declared_outputs", "no output declared".into(), "a section such as [outputs.y]".into());
     }
     top.finish();
     config
@@ -434,10 +446,17 @@ fn read_inputs(top: &mut Section) -> BTreeMap<String, TensorConfig> {
 fn read_tensor(section: &mut Section) -> TensorConfig {
     let extent = |value: &Value| value.as_integer().filter(|extent| *extent >= -1);
     let shape = |value: &Value| value.as_array()?.iter().map(extent).collect();
-    TensorConfig {
+    let tensor = TensorConfig {
         dtype: section.read("datatype", "a datatype such as \"FP32\"", |value| DataType::parse(value.as_str()?)),
         shape: section.read("shape", "a list of extents such as [-1, 64]", shape),
+        reshape: section.read("reshape", "a list of extents such as [-1, 8, 8]", shape),
+    };
+    if let Some(reshape) = &tensor.reshape
+        && !tensor.shape.as_ref().is_some_and(|shape| interchangeable(shape, reshape))
+    {
+        section.problem("reshape", wire_shape(reshape), RESHAPE_FORM.into());
     }
+    tensor
 }
 
 fn read_policy(value: &Value) -> Option<VersionPolicy> {
@@ -579,6 +598,7 @@ mod tests {
             labels = "labels.txt"
             warmup = ["warmup.json"]
             versions = { latest = 2 }
+            only_declared_outputs = true
             [batching]
             enabled = true
             preferred_rows = 16
@@ -596,6 +616,7 @@ mod tests {
             kind = "logits"
             labels = "other.txt"
             shape = [-1, 3]
+            reshape = [-1, 3, 1]
             [goldens]
             on_load = true
             "#,
@@ -622,8 +643,12 @@ mod tests {
             (Some(Duration::from_secs(2)), Some("net.onnx"))
         );
         let shape = Some(vec![-1, 3]);
-        assert_eq!(config.inputs["x"], TensorConfig { dtype: Some(DataType::Fp32), shape: shape.clone() });
-        assert_eq!(config.outputs["a/b"].tensor, TensorConfig { dtype: None, shape });
+        assert_eq!(
+            config.inputs["x"],
+            TensorConfig { dtype: Some(DataType::Fp32), shape: shape.clone(), reshape: None }
+        );
+        assert_eq!(config.outputs["a/b"].tensor, TensorConfig { dtype: None, shape, reshape: Some(vec![-1, 3, 1]) });
+        assert!(config.only_declared_outputs);
     }
 
     #[test]

@@ -13,9 +13,10 @@ use prost_reflect::{DescriptorPool, DynamicMessage};
 use super::engines::BackendChoice;
 use super::model_config::{
     BatchingConfig, ConfigFile, ConfigProblems, MAX_DELAY, MAX_INSTANCES, MAX_QUEUE_REQUESTS, MAX_ROWS, MAX_THREADS,
-    MAX_WARM_UPS, MadeContent, MadeInput, MadeWarmUp, ModelConfig, OutputConfig, TensorConfig, VersionPolicy, WarmUp,
-    is_plain_file,
+    MAX_WARM_UPS, MadeContent, MadeInput, MadeWarmUp, ModelConfig, OutputConfig, RESHAPE_FORM, TensorConfig,
+    VersionPolicy, WarmUp, is_plain_file,
 };
+use super::view::interchangeable;
 use super::warmup;
 use crate::backend::Device;
 use crate::error::quoted;
@@ -43,7 +44,7 @@ answers and is not offered is a refusal, with its reason in the index; what woul
 | `backend`, `platform` | `onnxruntime` and `onnxruntime_onnx`: the engine at hand for ONNX. `tract`, `tract_onnx`, `candle`, `candle_safetensors`: that one. Others are refused |
 | `default_model_filename` | `model_file`; no folders |
 | `max_batch_size` | n: the most rows of a request, and `dims` leave the batch out. 0: no batch. A file without it, `input` and `output` is completed from the model, as in Triton; then the self-test decides about batching |
-| `input`, `output` | names, `data_type` and `dims` must be the model's: all inputs or none, any outputs. A `label_filename` names an output's classes. A `reshape` to another shape, `optional`, `allow_ragged_batch` and `is_shape_tensor` are refused |
+| `input`, `output` | names, `data_type` and `dims` must be the model's: all inputs or none; outputs that are not there are not given, unless none is. A `reshape` is the model's own shape where `dims` are another one of as many elements. A `label_filename` names an output's classes. `optional`, `allow_ragged_batch` and `is_shape_tensor` are refused |
 | `dynamic_batching` | requests share batches because the file says so, without a self-test; without it they don't. The largest `preferred_batch_size`, or `max_batch_size`, is `preferred_rows`; `max_queue_delay_microseconds` is `max_delay` |
 | `default_queue_policy` | `max_queue_size` is `max_queue_requests` (0: the default); `default_timeout_microseconds` with `REJECT` is `default_timeout`, and counts until the answer. `DELAY` is a warning |
 | `priority_levels` | requests have levels 1 to 255 in any case, and 128 without one; a `default_priority_level` or policies by level are warnings |
@@ -158,6 +159,7 @@ impl Reader {
             max_queue_requests: queue.max_requests,
             default_timeout: queue.timeout,
             inputs,
+            only_declared_outputs: !outputs.is_empty(),
             outputs,
             warmup: self.warm_ups(&written.model_warmup),
             versions: self.versions(written.version_policy.as_ref()),
@@ -262,15 +264,19 @@ impl Reader {
         dims: &[i64],
         reshape: Option<&proto::ModelTensorReshape>,
     ) -> TensorConfig {
-        if let Some(reshape) = reshape.filter(|reshape| reshape.shape != dims) {
-            let expected = format!("{dims:?} as `dims`, or none: requests and answers have the model's own shapes");
-            self.refuse(&format!("{place}.reshape"), format!("{:?}", reshape.shape), expected);
+        let reshape = reshape.map(|reshape| &reshape.shape[..]).filter(|reshape| *reshape != dims);
+        if let Some(reshape) = reshape.filter(|reshape| !interchangeable(dims, reshape)) {
+            self.refuse(&format!("{place}.reshape"), format!("{reshape:?} for {dims:?}"), RESHAPE_FORM);
         }
         if let Some(dim) = dims.iter().find(|dim| **dim == 0 || **dim < -1) {
             self.refuse(&format!("{place}.dims"), dim.to_string(), "a positive number, or -1 for any");
         }
         let rows: &[i64] = if self.rows { &[-1] } else { &[] };
-        TensorConfig { dtype: self.data_type(place, data_type), shape: Some([rows, dims].concat()) }
+        TensorConfig {
+            dtype: self.data_type(place, data_type),
+            shape: Some([rows, dims].concat()),
+            reshape: reshape.map(|reshape| [rows, reshape].concat()),
+        }
     }
 
     fn data_type(&mut self, place: &str, data_type: i32) -> Option<DataType> {
@@ -582,7 +588,7 @@ mod tests {
             max_batch_size: 16
             default_model_filename: "net.onnx"
             input [ { name: "x" data_type: TYPE_FP32 format: FORMAT_NCHW dims: [ 3, -1 ] reshape { shape: [3, -1] } } ]
-            output { name: "y" data_type: TYPE_STRING dims: 1 label_filename: "labels.txt" }
+            output { name: "y" data_type: TYPE_STRING dims: 1 reshape: { shape: [] } label_filename: "labels.txt" }
             dynamic_batching {
               preferred_batch_size: [ 4, 8 ]
               max_queue_delay_microseconds: 2000
@@ -602,7 +608,11 @@ mod tests {
         let made =
             MadeInput { dtype: DataType::Fp32, shape: Shape::new([1, 3, 5]).unwrap(), content: MadeContent::Random };
         let warm_up = MadeWarmUp { name: "w".into(), requests: 4, runs: 2, inputs: [("x".into(), made)].into() };
-        let tensor = |dtype, shape: &[i64]| TensorConfig { dtype: Some(dtype), shape: Some(shape.to_vec()) };
+        let tensor = |dtype, shape: &[i64], reshape: Option<&[i64]>| TensorConfig {
+            dtype: Some(dtype),
+            shape: Some(shape.to_vec()),
+            reshape: reshape.map(<[i64]>::to_vec),
+        };
         let expected = ModelConfig {
             file: ConfigFile::ConfigPbtxt,
             model_file: Some("net.onnx".into()),
@@ -618,13 +628,14 @@ mod tests {
             },
             max_queue_requests: Some(9),
             default_timeout: Some(Duration::from_secs(5)),
-            inputs: [("x".into(), tensor(DataType::Fp32, &[-1, 3, -1]))].into(),
+            inputs: [("x".into(), tensor(DataType::Fp32, &[-1, 3, -1], None))].into(),
+            only_declared_outputs: true,
             outputs: [(
                 "y".to_string(),
                 OutputConfig {
                     kind: None,
                     labels: Some("labels.txt".into()),
-                    tensor: tensor(DataType::Bytes, &[-1, 1]),
+                    tensor: tensor(DataType::Bytes, &[-1, 1], Some(&[-1])),
                 },
             )]
             .into(),
@@ -684,7 +695,7 @@ mod tests {
             ("backend: 'onnxruntime' platform: 'tract_onnx'", "\"onnxruntime_onnx\", the backend's"),
             ("default_model_filename: '../net.onnx'", "`default_model_filename`: found \"../net.onnx\""),
             ("max_batch_size: -1", "`max_batch_size`: found -1"),
-            (&input("reshape { shape: [] }"), "`input.x.reshape`: found [], expected [1] as `dims`"),
+            (&input("reshape { shape: [2] }"), "`input.x.reshape`: found [2] for [1], expected as many elements as"),
             (&input("optional: true"), "`input.x.optional`: found true"),
             (&input("allow_ragged_batch: true"), "`input.x.allow_ragged_batch`"),
             (&input("is_shape_tensor: true"), "`input.x.is_shape_tensor`"),

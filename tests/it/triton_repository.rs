@@ -114,6 +114,52 @@ fn what_the_file_says_is_in_effect() {
 }
 
 #[test]
+fn clients_see_the_declared_shapes_and_outputs() {
+    let models = repository();
+    let square =
+        "max_batch_size: 8 input { name: 'image' data_type: TYPE_FP32 dims: [ 8, 8 ] reshape { shape: [ 64 ] } }
+        output { name: 'probabilities' data_type: TYPE_FP32 dims: [ 10 ] } dynamic_batching {}";
+    add(&models, "digits", &["1"], "square", square, "model.onnx");
+    // As exporters of scikit-learn write it: a label has no axis but that of rows, and the file gives it one.
+    let label = "max_batch_size: 8 input { name: 'features' data_type: TYPE_FP32 dims: 13 }
+        output { name: 'label' data_type: TYPE_INT64 dims: 1 reshape { shape: [] } }";
+    add(&models, "wine", &["1"], "label", label, "model.onnx");
+    for engine in engines() {
+        let server = TestServer::of(models.path()).set("engine", engine).start();
+        let metadata = |model: &str| server.get(&format!("/v2/models/{model}")).json();
+        assert_eq!(metadata("square")["inputs"][0]["shape"], json!([-1, 8, 8]));
+        assert_eq!(server.get("/v2/models/square/config").json()["input"][0]["dims"], json!([8, 8]));
+        let label = metadata("label");
+        assert_eq!(label["outputs"], json!([{"name": "label", "datatype": "INT64", "shape": [-1, 1]}]));
+
+        let ask = |model: &str, input: &Value, shape: &Value| {
+            let input = json!({"name": input["name"], "shape": shape, "datatype": "FP32", "data": input["data"]});
+            server.infer(model, &json!({ "inputs": [input] }))
+        };
+        let output = |answer: &Value, name: &str| {
+            let outputs = answer["outputs"].as_array().unwrap_or_else(|| panic!("{answer}"));
+            outputs.iter().find(|output| output["name"] == name).cloned().unwrap_or_else(|| panic!("{answer}"))
+        };
+        let case = |model: &str| request(&golden(model, "1")["cases"][0]["inputs"])["inputs"][0].clone();
+
+        let image = case("digits");
+        let rows = image["shape"][0].clone();
+        let flat = ask("digits/versions/1", &image, &json!([rows, 64])).json();
+        let reshaped = ask("square", &image, &json!([rows, 8, 8])).json();
+        assert_eq!(output(&flat, "probabilities")["data"], output(&reshaped, "probabilities")["data"]);
+        let refused = ask("square", &image, &json!([rows, 64]));
+        assert!(refused.status == 400 && refused.text().contains("[-1,8,8]"), "{}", refused.text());
+
+        let features = case("wine");
+        let both = ask("wine", &features, &features["shape"]).json();
+        let one = ask("label", &features, &features["shape"]).json();
+        assert_eq!(one["outputs"].as_array().map(Vec::len), Some(1), "{one}");
+        let (both, one) = (output(&both, "label"), output(&one, "label"));
+        assert_eq!((&one["shape"], &one["data"]), (&json!([both["shape"][0], 1]), &both["data"]));
+    }
+}
+
+#[test]
 fn a_file_that_cannot_be_honoured_fails_its_model_alone() {
     let models = repository();
     let tumor = |name: &str, config: &str| add(&models, "tumor", &["1"], name, config, "model.onnx");
