@@ -9,7 +9,7 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{HasSelectedOutputs, OutputSelector, RunOptions, Session, SessionInputValue};
 use ort::value::{Outlet, ValueType};
 
-use super::values::{borrowed_value, bytes_of, datatype, failed, run_error, string_value, tensor_of};
+use super::values::{Aligned, borrowed_value, bytes_of, datatype, failed, run_error, string_value, tensor_of};
 use super::{NAME, clean, refused};
 use crate::backend::onnx::Description;
 use crate::backend::{Artifact, Batch, Device, Instance, LoadError, LoadOptions, Model, RunError};
@@ -202,8 +202,8 @@ pub(super) struct OnnxRuntimeInstance {
     /// Asks for the signature's outputs, in its order: what is not a tensor is never fetched.
     options: RunOptions<HasSelectedOutputs>,
     signature: Arc<Signature>,
-    /// One gather buffer per input, reused. `u64` aligns it for every element type.
-    pub(super) scratch: Vec<Vec<u64>>,
+    /// One gather buffer per input, reused.
+    pub(super) scratch: Vec<Vec<Aligned>>,
 }
 
 impl OnnxRuntimeInstance {
@@ -241,7 +241,7 @@ impl Instance for OnnxRuntimeInstance {
         });
         let tensors = tensors.collect();
         drop(values);
-        self.scratch.iter_mut().filter(|buffer| buffer.capacity() > SCRATCH_KEPT_BYTES / 8).for_each(|buffer| {
+        self.scratch.iter_mut().filter(|buffer| buffer.capacity() * size_of::<Aligned>() > SCRATCH_KEPT_BYTES).for_each(|buffer| {
             *buffer = Vec::new();
         });
         tensors

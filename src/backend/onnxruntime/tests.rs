@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::library::{check_file, check_library, check_version};
 use super::session::{OnnxRuntimeInstance, SCRATCH_KEPT_BYTES, session};
-use super::values::bytes_of;
+use super::values::{Aligned, bytes_of};
 use super::*;
 use crate::backend::onnx::{Description, build};
 use crate::backend::text::LIMIT;
@@ -141,6 +141,26 @@ fn an_aligned_job_is_lent_and_outputs_outlive_the_instance() {
     let second = artifact(sum_rows.path, inputs, outputs[1..].to_vec());
     let mut only = self::instance(&runtime, &second);
     assert_eq!(run(&mut only, &[&[fill(5.0), fill(3.0)]]).unwrap(), [fill(2.0)]);
+}
+
+#[test]
+fn the_last_bits_of_a_sum_do_not_follow_from_the_address() {
+    let Some(runtime) = library() else { return };
+    let sum = build::Model::new().input("x", build::FLOAT, &["61"]);
+    let sum = sum.node("ReduceSum", &["x"], &["y"]).output("y", build::FLOAT, &["1"]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.onnx");
+    std::fs::write(&path, sum.bytes()).unwrap();
+    let artifact = artifact(path, vec![spec("x", DataType::Fp32, &[61])], vec![spec("y", DataType::Fp32, &[1])]);
+    let mut instance = instance(&runtime, &artifact);
+    let numbers: Vec<u8> = (0..61).flat_map(|i| (1.0 / (i as f32 + 3.0)).to_le_bytes()).collect();
+    let mut sum_at = |offset: usize| {
+        let buffer = vec![0; offset].into_iter().chain(numbers.iter().copied()).collect::<Vec<u8>>();
+        let sent = [Tensor::new(DataType::Fp32, shape(&[61]), Bytes::from(buffer).slice(offset..)).unwrap()];
+        run(&mut instance, &[&sent]).unwrap()
+    };
+    let first = sum_at(0);
+    assert!((1..64).all(|offset| sum_at(offset) == first));
 }
 
 #[test]
@@ -301,7 +321,7 @@ fn a_big_batch_does_not_hold_its_scratch_memory() {
     assert_eq!(instance.scratch[0].capacity(), 0);
     let small = [Tensor::from_vec(shape(&[1, 8]), vec![1f32; 8]).unwrap()];
     instance.run(&Batch::new(&[&small, &small])).unwrap();
-    assert_eq!(instance.scratch[0].len(), 8);
+    assert_eq!(instance.scratch[0].len(), 64 / size_of::<Aligned>());
 }
 
 #[test]

@@ -40,13 +40,18 @@ pub(super) fn failed(spec: &TensorSpec, what: impl fmt::Display) -> RunError {
     RunError::Failed(format!("output `{}` {what}", spec.name))
 }
 
-/// The input's bytes at the alignment of its elements: where they lie, or gathered into `scratch`.
-pub(super) fn bytes_of<'a>(input: &BatchInput<'a>, scratch: &'a mut Vec<u64>) -> &'a [u8] {
-    if let Some(bytes) = input.contiguous(input.dtype().size().unwrap_or(1)) {
+/// What an input's address is a multiple of. It suits every element type, and is where the engine's vectorised sums begin:
+/// at an address between, the same numbers are added in another order, and an answer's last bits would tell over which
+/// protocol its request came.
+pub(super) type Aligned = u128;
+
+/// The input's bytes at an address that suits [`Aligned`]: where they lie, or gathered into `scratch`.
+pub(super) fn bytes_of<'a>(input: &BatchInput<'a>, scratch: &'a mut Vec<Aligned>) -> &'a [u8] {
+    if let Some(bytes) = input.contiguous(align_of::<Aligned>()) {
         return bytes;
     }
     let length = input.byte_length();
-    scratch.resize(length.div_ceil(8), 0);
+    scratch.resize(length.div_ceil(size_of::<Aligned>()), 0);
     let bytes = &mut bytemuck::cast_slice_mut(scratch)[..length];
     input.gather_into(bytes);
     bytes
