@@ -1,10 +1,20 @@
 //! Hostile requests over raw sockets, each followed by a check that the server is unharmed.
 //!
 //! Row names are those of the project's fault catalogue: A is HTTP, B the JSON body, C the binary tensor extension,
-//! E shapes, datatypes and values, F strings. A [`Case`] says what is sent and which statuses are right; [`Target`]
-//! sends it, judges the answers and looks after the server.
+//! D gRPC, E shapes, datatypes and values, F strings. A [`Case`] says what is sent and which statuses are right;
+//! [`Target`] sends it, judges the answers and looks after the server. [`grpc::Port`] is the same for gRPC.
+//!
+//! | rows over gRPC | tests, each named after its row |
+//! |---|---|
+//! | D10 to D18, D20 | `grpc`, `d10_…` and on; of streams: `stream.rs` |
+//! | D10, D11, D13: what they cost | `grpc_memory` |
+//! | D21, D22 | `grpc_memory`: `d21_…`, `d22_…`; watches and streams one past their limits: `grpc.rs`, `stream.rs` |
+//! | E1 to E7, E10 to E16 | `grpc_shapes`, `e1_…` and on |
 
 mod binary;
+mod grpc;
+mod grpc_memory;
+mod grpc_shapes;
 mod http;
 mod json;
 mod shapes;
@@ -140,24 +150,26 @@ impl Target {
         if status >= 500 && ![501, 503, 504].contains(&status) {
             return Err(format!("{status}: {text:.200}"));
         }
-        self.fit_for_clients(case, reply)
-    }
-
-    /// An error is short JSON, and holds neither our paths nor much of the client's own bytes.
-    fn fit_for_clients(&self, case: &Case, reply: &Reply) -> Result<(), String> {
-        let text = reply.text();
+        let json: Value = serde_json::from_slice(&reply.body).map_err(|error| format!("{error} in {text}"))?;
+        let message = json["error"].as_str().ok_or_else(|| format!("no `error` in {text}"))?;
         if reply.body.len() > MAX_ERROR {
             return Err(format!("an error of {} bytes", reply.body.len()));
         }
-        let json: Value = serde_json::from_slice(&reply.body).map_err(|error| format!("{error} in {text}"))?;
-        let message = json["error"].as_str().ok_or_else(|| format!("no `error` in {text}"))?;
-        let paths =
-            [self.models.path().to_str().unwrap(), root().to_str().unwrap(), "/tmp/", "/home/", "/usr/", "src/"]
-                .map(str::to_string);
-        if let Some(path) = paths.iter().find(|path| message.contains(*path)) {
-            return Err(format!("`{path}` in {text}"));
+        self.fit_for_clients(&case.sent, message)
+    }
+
+    /// An error is short, and holds neither our paths nor much of the client's own bytes.
+    fn fit_for_clients(&self, sent: &[u8], message: &str) -> Result<(), String> {
+        if message.len() > MAX_ERROR {
+            return Err(format!("an error of {} bytes", message.len()));
         }
-        let sent = &case.sent[..case.sent.len().min(SEARCHED)];
+        let root = root();
+        let ours = [self.models.path(), &root].map(|path| path.to_str().unwrap());
+        let paths = [&ours[..], &["/tmp/", "/home/", "/usr/", "src/"]].concat();
+        if let Some(path) = paths.iter().find(|path| message.contains(*path)) {
+            return Err(format!("`{path}` in {message}"));
+        }
+        let sent = &sent[..sent.len().min(SEARCHED)];
         let repeats = |window: &[u8]| sent.windows(window.len()).any(|part| part == window);
         match message.as_bytes().windows(MAX_QUOTE + 1).find(|window| repeats(window)) {
             Some(window) => Err(format!("repeats what was sent: {}", String::from_utf8_lossy(window))),

@@ -33,7 +33,7 @@ use tonic_health::pb::health_client::HealthClient;
 use crate::support::{Models, PATIENCE, TestServer, without_onnxruntime};
 
 pub const SERVICE: &str = "inference.GRPCInferenceService";
-const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
+pub const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
 /// What makes a request gRPC.
 pub const GRPC: [(&str, &str); 2] = [("content-type", "application/grpc"), ("te", "trailers")];
 
@@ -152,6 +152,7 @@ impl Http2 {
     /// `window`: what each stream's answer may be ahead of its reader, in bytes.
     async fn with_window(authority: SocketAddr, window: u32) -> Http2 {
         let stream = tokio::net::TcpStream::connect(authority).await.unwrap();
+        stream.set_nodelay(true).unwrap();
         let builder = http2::Builder::new(TokioExecutor::new()).initial_stream_window_size(window).clone();
         let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);

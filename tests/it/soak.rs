@@ -14,16 +14,17 @@ use serde_json::{Value, json};
 use crate::support::{Metrics, Models, PATIENCE, Reply, exchange, without_onnxruntime};
 
 /// `tidegate serve` on free ports, killed when dropped.
-struct Process {
+pub struct Process {
     child: Child,
-    http: SocketAddr,
+    pub http: SocketAddr,
+    pub grpc: SocketAddr,
     metrics: SocketAddr,
     /// Its log, an object a line; ends with the process.
     log: Receiver<Value>,
 }
 
 impl Process {
-    fn start(registry: &Path, settings: &[(&str, &str)]) -> Process {
+    pub fn start(registry: &Path, settings: &[(&str, &str)]) -> Process {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
         command.args(["serve", "--host", "127.0.0.1", "--log-format", "json", "--registry"]).arg(registry);
         command.args(["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--admin-port", "0"]);
@@ -46,10 +47,10 @@ impl Process {
             }
         });
         let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-        let mut process = Process { child, http: nowhere, metrics: nowhere, log };
+        let mut process = Process { child, http: nowhere, grpc: nowhere, metrics: nowhere, log };
         let ready = process.logged("ready");
         let address = |key: &str| ready[key].as_str().unwrap().parse().unwrap();
-        (process.http, process.metrics) = (address("http"), address("metrics"));
+        (process.http, process.grpc, process.metrics) = (address("http"), address("grpc"), address("metrics"));
         process
     }
 
@@ -82,13 +83,26 @@ impl Process {
     }
 
     /// Bytes.
-    fn resident(&self) -> u64 {
+    pub fn resident(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// The most that was resident since [`Process::forget_peak`], in bytes.
+    pub fn peak(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    pub fn forget_peak(&self) {
+        std::fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5").unwrap();
+    }
+
+    fn memory(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).expect("a field of the process's status");
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
-    fn scrape(&self) -> Metrics {
+    pub fn scrape(&self) -> Metrics {
         Metrics::parse(&exchange(self.metrics, "GET", "/metrics", &[], b"").text())
     }
 }

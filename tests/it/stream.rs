@@ -28,7 +28,7 @@ use crate::grpc::{
 };
 use crate::support::{Models, PATIENCE, TestServer, without_onnxruntime};
 
-const STREAM: &str = "/inference.GRPCInferenceService/ModelStreamInfer";
+pub const STREAM: &str = "/inference.GRPCInferenceService/ModelStreamInfer";
 
 /// One stream, both ends.
 struct Call {

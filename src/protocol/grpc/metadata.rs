@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use http::HeaderMap;
-use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use http::header::{CONTENT_TYPE, HeaderName, HeaderValue, TE};
 use tonic::codec::CompressionEncoding;
 
 use crate::error::{Error, Kind, Result, quoted};
@@ -28,6 +28,16 @@ pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     let Some(value) = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return false };
     let media = value.split(';').next().unwrap_or(value).trim();
     media.eq_ignore_ascii_case("application/grpc") || media.eq_ignore_ascii_case("application/grpc+proto")
+}
+
+/// Refuses a call whose `te` has been lost or changed: whoever did so may lose the trailers, too, and with them the
+/// status.
+pub(super) fn check_trailers(headers: &HeaderMap) -> Result<()> {
+    match headers.get(TE).map(|value| String::from_utf8_lossy(value.as_bytes())) {
+        Some(value) if value.eq_ignore_ascii_case("trailers") => Ok(()),
+        Some(value) => Err(Error::new(Kind::Unsupported, format!("`te` is '{}', expected 'trailers'", quoted(&value)))),
+        None => Err(Error::new(Kind::Unsupported, "there is no `te`, expected 'trailers': does a proxy take it away?")),
+    }
 }
 
 /// On what terms a call is made.

@@ -170,6 +170,9 @@ impl Grpc {
         if request.method() != http::Method::POST {
             return bare(StatusCode::METHOD_NOT_ALLOWED);
         }
+        if let Err(error) = metadata::check_trailers(request.headers()) {
+            return status_of(&error).into_http();
+        }
         let Some(call) = Call::of(request.uri().path()) else {
             let path = quoted(request.uri().path());
             return status_of(&Error::new(Kind::Unsupported, format!("unknown service in '{path}'"))).into_http();
