@@ -13,6 +13,7 @@ import threading
 import time
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 import requests
@@ -201,6 +202,27 @@ def same_bits(a, b):
 
 def to_bytes(value):
     return value if isinstance(value, bytes) else str(value).encode()
+
+
+def extremes(kind):
+    if np.issubdtype(kind, np.integer):
+        limits = np.iinfo(kind)
+        return np.array([[0, 1, limits.max], [limits.min, 2, limits.max - 1]], kind)
+    limits = ml_dtypes.finfo(kind)
+    values = [0.0, -0.0, 0.1, float(limits.max), float(limits.min), float(limits.tiny)]
+    return np.array(values).astype(kind).reshape(2, 3)
+
+
+# What the model `identity_<name>` returns as it is: the ends of every datatype, as JSON can say them.
+EXAMPLES = {
+    "bool": np.array([[True, False, True], [False, False, True]]),
+    "bytes": np.array([["", "a", "\u00e9\u4e16"], ['"\\\n', "d" * 300, "\U0001f980"]], np.object_),
+    "fp16": extremes(np.float16),
+    "bf16": extremes(ml_dtypes.bfloat16),
+    "fp32": extremes(np.float32),
+    "fp64": extremes(np.float64),
+    **{t: extremes(np.dtype(t)) for t in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
+}
 
 
 # --- goldens ---------------------------------------------------------------------------------------

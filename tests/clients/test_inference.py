@@ -8,12 +8,12 @@ import socket
 import zlib
 
 import grpc
-import ml_dtypes
 import numpy as np
 import pytest
 import requests
 from support import (
     CALL_SECONDS,
+    EXAMPLES,
     Samples,
     assert_close,
     datatype,
@@ -337,26 +337,6 @@ def announced(traps, model, headers, length):
 
 
 # --- datatypes -------------------------------------------------------------------------------------
-
-
-def extremes(kind):
-    if np.issubdtype(kind, np.integer):
-        limits = np.iinfo(kind)
-        return np.array([[0, 1, limits.max], [limits.min, 2, limits.max - 1]], kind)
-    limits = ml_dtypes.finfo(kind)
-    values = [0.0, -0.0, 0.1, float(limits.max), float(limits.min), float(limits.tiny)]
-    return np.array(values).astype(kind).reshape(2, 3)
-
-
-EXAMPLES = {
-    "bool": np.array([[True, False, True], [False, False, True]]),
-    "bytes": np.array([["", "a", "\u00e9\u4e16"], ['"\\\n', "d" * 300, "\U0001f980"]], np.object_),
-    "fp16": extremes(np.float16),
-    "bf16": extremes(ml_dtypes.bfloat16),
-    "fp32": extremes(np.float32),
-    "fp64": extremes(np.float64),
-    **{t: extremes(np.dtype(t)) for t in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
-}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
