@@ -40,7 +40,8 @@ pub fn serve(fake: Fake) -> Served {
     let registry = Registry::start_with(config, engines, CORES, Gate::new(CORES), Arc::clone(&monitor)).unwrap();
     registry.wait_loaded();
     let (phase, phases) = watch::channel(Phase::Ready);
-    let engine = Engine::new(registry, monitor, BudgetConfig::default(), phases, Pool::new(CORES).unwrap());
+    let engine =
+        Engine::new(registry, monitor, BudgetConfig::default(), Duration::MAX, phases, Pool::new(CORES).unwrap());
     Served { engine: Arc::new(engine), _phase: phase }
 }
 

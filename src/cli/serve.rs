@@ -39,6 +39,15 @@ pub(super) struct Arguments {
     /// What a bare model.onnx is called [default: model]
     #[arg(long, value_name = "NAME")]
     model_name: Option<String>,
+    /// poll, none or explicit: serve what is in the registry, what was there at start, or what is asked for [default: poll]
+    #[arg(long, value_name = "MODE")]
+    model_control: Option<String>,
+    /// With --model-control explicit, a model to load at start; * for all. May be repeated
+    #[arg(long, value_name = "NAME")]
+    load_model: Vec<String>,
+    /// Whether clients may load and unload models over the data ports, too [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    repository_api: Option<String>,
     /// text or json [default: text]
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<String>,
@@ -54,6 +63,9 @@ impl Arguments {
             ("metrics_port", self.metrics_port.clone()),
             ("admin_port", self.admin_port.clone()),
             ("model_name", self.model_name.clone()),
+            ("model_control", self.model_control.clone()),
+            ("load_model", (!self.load_model.is_empty()).then(|| self.load_model.join(","))),
+            ("repository_api", self.repository_api.clone()),
             ("log_format", self.log_format.clone()),
         ])
     }

@@ -34,10 +34,14 @@ fn models(engine: &Engine) -> Vec<[String; 4]> {
         let backend = format!("{} {}, {}", property("backend"), property("backend_version"), property("device"));
         rows.push([info.name.to_string(), versions.join(", "), backend, property("batching").to_string()]);
     }
-    for IndexEntry { name, version, reason, .. } in
-        engine.index().into_iter().filter(|entry| entry.state == "UNAVAILABLE")
-    {
-        rows.push([name.to_string(), version.to_string(), format!("not serving: {reason}"), String::new()]);
+    for IndexEntry { name, version, state, reason } in engine.index() {
+        match version {
+            Some(version) if state == "UNAVAILABLE" => {
+                rows.push([name.to_string(), version.to_string(), format!("not serving: {reason}"), String::new()]);
+            }
+            None => rows.push([name.to_string(), String::new(), "not loaded".into(), String::new()]),
+            Some(_) => {}
+        }
     }
     rows
 }

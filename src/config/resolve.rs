@@ -1,6 +1,6 @@
 //! From texts to each module's `Config`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::{File, Given, Problems, SETTINGS, Setting, Text, file};
 use crate::problem::Problem;
 use crate::protocol::{grpc, rest};
-use crate::registry::{self, BackendChoice, EnginesConfig};
+use crate::registry::{self, AtStart, BackendChoice, Control, EnginesConfig};
 use crate::request::BudgetConfig;
 use crate::server;
 use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
@@ -159,6 +159,7 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
     let drain_timeout = texts.duration("drain_timeout");
     let max_body = texts.size("limits.body");
     let body_timeout = texts.timeout("timeouts.body");
+    let repository_api = texts.flag("repository_api");
     let budget =
         BudgetConfig { max_requests: texts.count("limits.requests"), max_bytes: texts.size("limits.request_bytes") };
     if budget.max_bytes < max_body {
@@ -187,6 +188,7 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
             strict_readiness: texts.flag("strict_readiness"),
             lame_duck: texts.duration("lame_duck"),
             drain_timeout,
+            load_timeout: texts.timeout("timeouts.load"),
             connections: server::ConnectionLimits {
                 connections: texts.count("limits.connections"),
                 streams: u32::try_from(texts.count("limits.streams")).unwrap_or(u32::MAX),
@@ -199,12 +201,14 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
                 max_body_bytes: max_body,
                 max_json_header_bytes: texts.size("limits.json_header"),
                 body_timeout,
+                repository_api,
                 ..rest::Config::default()
             },
             grpc_messages: grpc::Config {
                 max_message_bytes: max_body,
                 body_timeout,
                 max_stream_requests: texts.count("limits.stream_requests"),
+                repository_api,
             },
             registry: registry(texts, surroundings, drain_timeout),
         },
@@ -239,10 +243,39 @@ fn registry(texts: &mut Texts, surroundings: &Surroundings, drain_timeout: Durat
         }),
         cache_dir: texts.path("cache_dir"),
         temp_dir: surroundings.temp_dir.clone(),
-        poll_interval: texts.duration("poll_interval"),
+        control: control(texts),
         drain_timeout,
         engines: engines_of(texts, surroundings),
     }
+}
+
+fn control(texts: &mut Texts) -> Control {
+    let form = format!("{DURATION_FORM}, more than 0; `model_control = none` never looks");
+    let interval = texts.take("poll_interval", Duration::MAX, &form, |text| {
+        parse_duration(text).filter(|interval| !interval.is_zero())
+    });
+    let at_start = texts.take("load_model", AtStart::Named(BTreeSet::new()), "names of models, or `*`", at_start);
+    let form = "`poll`, `none` or `explicit`";
+    let control = texts.take("model_control", Control::None, form, |text| match text {
+        "poll" => Some(Control::Poll(interval)),
+        "none" => Some(Control::None),
+        "explicit" => Some(Control::Explicit { at_start: at_start.clone(), interval }),
+        _ => None,
+    });
+    if !control.is_explicit() && at_start != AtStart::Named(BTreeSet::new()) {
+        texts.problem("load_model", "names".into(), "none, or `model_control = explicit`: all models are loaded");
+    }
+    control
+}
+
+/// Names with commas between, or all.
+fn at_start(text: &str) -> Option<AtStart> {
+    let names: BTreeSet<&str> = text.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
+    if names.contains("*") {
+        return Some(AtStart::All);
+    }
+    let names = names.into_iter().map(|name| registry::is_model_name(name).then(|| name.to_string()));
+    names.collect::<Option<_>>().map(AtStart::Named)
 }
 
 fn engines_of(texts: &mut Texts, surroundings: &Surroundings) -> EnginesConfig {
@@ -334,6 +367,32 @@ mod tests {
         for bad in ["a\nb", "a/b", "", &"x".repeat(1 << 12)] {
             let problems = with(&[("registry", "m"), ("model_name", bad)], None, &[]).unwrap_err().to_string();
             assert!(problems.contains("--model-name: found") && problems.contains("expected 1 to"), "{problems}");
+        }
+    }
+
+    #[test]
+    fn models_are_controlled_in_one_of_three_ways() {
+        let with = |settings: &[(&str, &str)]| {
+            let resolved = with(&[&[("registry", "m")], settings].concat(), None, &[]);
+            resolved.map(|resolved| resolved.server.registry.control).map_err(|problems| problems.to_string())
+        };
+        let (short, long) = (Duration::from_millis(5), Duration::from_secs(2));
+        let explicit = |at_start| Ok(Control::Explicit { at_start, interval: long });
+        let named = |names: &[&str]| AtStart::Named(names.iter().map(|name| name.to_string()).collect());
+        assert_eq!(with(&[]), Ok(Control::Poll(long)));
+        assert_eq!(with(&[("poll_interval", "5ms")]), Ok(Control::Poll(short)));
+        assert_eq!(with(&[("model_control", "none")]), Ok(Control::None));
+        assert_eq!(with(&[("model_control", "explicit")]), explicit(named(&[])));
+        assert_eq!(with(&[("model_control", "explicit"), ("load_model", "b, a,b")]), explicit(named(&["a", "b"])));
+        assert_eq!(with(&[("model_control", "explicit"), ("load_model", "a,*")]), explicit(AtStart::All));
+        for (settings, expected) in [
+            (&[("model_control", "manual")][..], "--model-control: found `manual`, expected `poll`, `none` or"),
+            (&[("poll_interval", "0")], "more than 0; `model_control = none` never looks"),
+            (&[("load_model", "a")], "--load-model: found names, expected none, or `model_control = explicit`"),
+            (&[("model_control", "explicit"), ("load_model", "a/b")], "--load-model: found `a/b`"),
+        ] {
+            let problems = with(settings).unwrap_err();
+            assert!(problems.contains(expected), "{problems}");
         }
     }
 

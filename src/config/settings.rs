@@ -32,6 +32,21 @@ const fn file_only(key: &'static str, default: &'static str, about: &'static str
 pub static SETTINGS: &[Setting] = &[
     flag("registry", "", "the folder of models to serve, or one `.onnx` file"),
     flag("model_name", "model", "what a bare `model.onnx` is called"),
+    flag(
+        "model_control",
+        "poll",
+        "which models are served: `poll`: all that are in the registry, as they come, change and go; `none`: all that are there at start, as they are then; `explicit`: those of `load_model`, and those that clients ask to load",
+    ),
+    flag(
+        "load_model",
+        "",
+        "names of models that `model_control = explicit` loads at start, with commas between; `*`: all that are there. The flag may be repeated",
+    ),
+    flag(
+        "repository_api",
+        "false",
+        "whether models may be loaded and unloaded over the data ports, too, and not over the admin port only",
+    ),
     flag("host", "0.0.0.0", "address that HTTP, gRPC and metrics listen on"),
     flag("http_port", "8000", "port of the REST API; 0 picks a free one"),
     flag("grpc_port", "8001", "port of the gRPC API; 0 picks a free one"),
@@ -51,7 +66,11 @@ pub static SETTINGS: &[Setting] = &[
         "",
         "private folder that model files are copied to and loaded from; by default a fresh one in the system's temporary folder, removed at exit",
     ),
-    file_only("poll_interval", "2s", "how often the registry is looked at for changes; 0 never"),
+    file_only(
+        "poll_interval",
+        "2s",
+        "how often the registry is looked at: with `poll` for changes, with `explicit` for the names of models that may be loaded",
+    ),
     file_only("strict_readiness", "false", "ready only if no version has failed"),
     file_only("io_threads", "0", "threads that accept, parse and respond; 0: as many as cores, at most 4"),
     file_only("lame_duck", "1s", "how long to go on serving, not ready, after being told to stop"),
@@ -79,6 +98,11 @@ pub static SETTINGS: &[Setting] = &[
         "how long a client may take nothing (less than about 128 KiB) of an answer that is ready for it; then its connection takes no new requests, and is cut after as long again",
     ),
     file_only("timeouts.body", "30s", "how long a client may take to send a request's body"),
+    file_only(
+        "timeouts.load",
+        "10m",
+        "how long a client that asks to load or unload a model is kept waiting for the outcome; the work goes on",
+    ),
 ];
 
 pub fn find(key: &str) -> Option<&'static Setting> {

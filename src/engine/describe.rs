@@ -69,8 +69,9 @@ pub struct VersionStatistics {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IndexEntry {
     pub name: Arc<str>,
-    pub version: VersionId,
-    /// Triton's words: `READY`, `LOADING`, `UNAVAILABLE`, `UNLOADING`.
+    /// `None`: nobody has asked for this model, and no more than its name is known.
+    pub version: Option<VersionId>,
+    /// Triton's words: `READY`, `LOADING`, `UNAVAILABLE`, `UNLOADING`; empty without a version.
     pub state: &'static str,
     pub reason: String,
 }
@@ -133,23 +134,33 @@ impl Engine {
         self.registry.table().ready_models()
     }
 
-    /// Every version that the registry knows of, by name and version.
+    /// Every version that the registry knows of, and every model without one, by name and version.
     pub fn index(&self) -> Vec<IndexEntry> {
-        let entries = self.registry.status();
-        entries
+        let table = self.registry.table();
+        let idle = table.idle().iter().map(|model| IndexEntry {
+            name: Arc::clone(model),
+            version: None,
+            state: "",
+            reason: String::new(),
+        });
+        let mut entries: Vec<IndexEntry> = table
+            .status()
             .into_iter()
             .map(|entry| IndexEntry {
                 name: entry.model,
-                version: entry.version,
+                version: Some(entry.version),
                 state: match entry.state {
                     State::Ready => "READY",
                     State::Discovered | State::Loading | State::Warming => "LOADING",
                     State::Draining => "UNLOADING",
-                    State::Failed => "UNAVAILABLE",
+                    State::Failed | State::Unloaded => "UNAVAILABLE",
                 },
                 reason: entry.reason,
             })
-            .collect()
+            .chain(idle)
+            .collect();
+        entries.sort_by(|a, b| (&a.name, a.version).cmp(&(&b.name, b.version)));
+        entries
     }
 }
 

@@ -4,6 +4,7 @@
 //! once.
 //! Knows nothing of wire formats, batching or engines. Runs on the I/O runtime and never blocks it.
 
+mod control;
 mod describe;
 mod trace;
 
@@ -30,6 +31,7 @@ pub struct Engine {
     registry: Arc<Registry>,
     monitor: Arc<Monitor>,
     budget: Arc<Budget>,
+    load_timeout: Duration,
     phase: watch::Receiver<Phase>,
     cpu: Pool,
 }
@@ -39,10 +41,11 @@ impl Engine {
         registry: Arc<Registry>,
         monitor: Arc<Monitor>,
         budget: BudgetConfig,
+        load_timeout: Duration,
         phase: watch::Receiver<Phase>,
         cpu: Pool,
     ) -> Engine {
-        Engine { registry, monitor, budget: Budget::new(budget), phase, cpu }
+        Engine { registry, monitor, budget: Budget::new(budget), load_timeout, phase, cpu }
     }
 
     /// Begins an inference call, before anything of it is read: deadlines and durations count from here.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 
+use super::{EXTENSIONS, REPOSITORY_EXTENSIONS};
 use crate::engine::{Engine, IndexEntry, Trace};
 use crate::error::{Error, Kind, Result, quoted};
 use crate::request::{InferResponse, MAX_NAME_BYTES};
@@ -22,6 +23,8 @@ pub(super) const MAX_PARAMETERS: usize = 64;
 pub(super) const MAX_STRING_ELEMENTS: usize = 1 << 20;
 /// One element of a BYTES input.
 pub(super) const MAX_STRING_BYTES: usize = 16 << 20;
+/// A call about the repository: at the longest, it holds a model's settings.
+pub(super) const MAX_REPOSITORY_BYTES: usize = 64 << 10;
 
 /// Extensions that are not offered, by the parameters that ask for them.
 const NOT_OFFERED: [&str; 6] = [
@@ -152,4 +155,35 @@ impl<H> AsRef<[u8]> for Piece<H> {
 /// The repository's versions, or only those that serve.
 pub(super) fn index(engine: &Engine, only_ready: bool) -> impl Iterator<Item = IndexEntry> {
     engine.index().into_iter().filter(move |entry| !only_ready || entry.state == "READY")
+}
+
+/// `repository_api`: whether the port may load and unload models.
+pub(super) fn extensions(engine: &Engine, repository_api: bool) -> Vec<&'static str> {
+    let repository = if engine.is_explicit() && repository_api { REPOSITORY_EXTENSIONS } else { &[] };
+    EXTENSIONS.iter().chain(repository).copied().collect()
+}
+
+/// Refuses to load and unload on a port that may not, where another may.
+pub(super) fn check_repository_api(engine: &Engine, repository_api: bool) -> Result<()> {
+    if !engine.is_explicit() || repository_api {
+        return Ok(());
+    }
+    let message = "explicit model load / unload is not allowed on this port: use the admin port, or switch it on with \
+                   the setting `repository_api`";
+    Err(Error::new(Kind::Forbidden, message))
+}
+
+/// The model's settings in a parameter of a request to load it. Others would change what is loaded and are not offered.
+pub(super) fn load_config(parameter: &str, text: Option<&str>) -> Result<String> {
+    match (parameter, text) {
+        ("config", Some(config)) => Ok(config.to_string()),
+        ("config", None) => {
+            Err(Error::invalid("parameter `config` is not as expected: a ModelConfig in JSON, as text"))
+        }
+        (file, _) if file.starts_with("file:") => {
+            let expected = "model files in the registry, where no client writes";
+            Err(Error::invalid(format!("parameter `{}` is not supported, expected {expected}", quoted(file))))
+        }
+        (other, _) => Err(Error::invalid(format!("unknown parameter `{}`, expected `config`", quoted(other)))),
+    }
 }

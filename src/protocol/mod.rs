@@ -10,6 +10,8 @@ pub mod rest;
 pub mod status;
 mod triton;
 
-/// What of the protocol's extensions is offered, and no more: clients choose calls by this list.
-pub const EXTENSIONS: &[&str] =
+/// What of the protocol's extensions is offered on every port, and no more: clients choose calls by this list.
+const EXTENSIONS: &[&str] =
     &["binary_tensor_data", "classification", "model_configuration", "parameters", "schedule_policy", "statistics"];
+/// Offered where models may be loaded and unloaded. No model depends on another one.
+const REPOSITORY_EXTENSIONS: &[&str] = &["model_repository", "model_repository(unload_dependents)"];

@@ -10,6 +10,7 @@
 //! answer a request.
 
 mod cache;
+mod control;
 mod declared;
 mod engines;
 mod golden;
@@ -41,18 +42,21 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
+use crate::error::Result;
 use crate::monitor::{Monitor, events};
 use crate::scheduler::Gate;
 use cache::Cache;
+use control::{Change, Request};
 use engines::Summary;
 use loader::Loader;
 use retire::Retiring;
 use source::Folder;
 use watch::Watch;
-use writer::{Command, Writer};
+use writer::{Beside, Command, Writer};
 
 pub use crate::backend::Device;
 pub use cache::CacheError;
+pub use control::{AtStart, Control, Done, stopping};
 pub use engines::{BackendChoice, Engines, EnginesConfig};
 pub use model_config::{REFERENCE as MODEL_TOML_REFERENCE, VersionPolicy};
 pub use pbtxt::REFERENCE as CONFIG_PBTXT_REFERENCE;
@@ -66,7 +70,7 @@ pub use version::{Facts, OutputInfo, State, Version};
 /// How long a stop waits for threads that have nothing to answer any more.
 const THREADS_GRACE: Duration = Duration::from_secs(1);
 
-/// Where the models are and how they are watched.
+/// Where the models are, and which of them are served.
 #[derive(Clone, Debug, Default)]
 pub struct Config {
     /// A folder of models, or one `.onnx` file.
@@ -76,8 +80,7 @@ pub struct Config {
     /// Where private copies of model files are kept; the system's temporary folder otherwise.
     pub cache_dir: Option<PathBuf>,
     pub temp_dir: PathBuf,
-    /// How often the folder is looked at; zero: never.
-    pub poll_interval: Duration,
+    pub control: Control,
     /// How long the last requests of a retired version may take.
     pub drain_timeout: Duration,
     pub engines: EnginesConfig,
@@ -111,6 +114,7 @@ pub struct Registry {
     shared: Arc<Shared>,
     commands: Sender<Command>,
     cache: Arc<Cache>,
+    explicit: bool,
 }
 
 /// What the registry, its writer and its waiters share.
@@ -127,6 +131,8 @@ struct Progress {
     stopping: bool,
     /// Versions sent off and not yet retired.
     retiring: usize,
+    /// Requests to load or unload that are not yet carried out.
+    asking: usize,
     /// Threads that have not ended.
     threads: usize,
 }
@@ -156,9 +162,7 @@ impl Registry {
     ) -> Result<Arc<Registry>, RegistryError> {
         let mut folder = config.folder();
         let scan = folder.scan()?;
-        if scan.versions.is_empty() {
-            return Err(folder.empty(&scan).into());
-        }
+        let asked = config.control.asked(&folder, &scan)?;
         let cache = Arc::new(config.open_cache()?);
         for backend in engines.present() {
             events::EnginePresent { backend: backend.name(), version: &backend.version() }.emit(&monitor);
@@ -178,14 +182,15 @@ impl Registry {
             monitor,
             shared: Arc::clone(&shared),
             retire,
-            poll_interval: config.poll_interval,
+            interval: config.control.interval(),
             drain_timeout: config.drain_timeout,
+            asked,
             slots: BTreeMap::new(),
-            draining: Vec::new(),
+            beside: Beside::default(),
             said: BTreeSet::new(),
         };
         writer.say(notes);
-        let registry = Registry { shared, commands, cache };
+        let registry = Registry { shared, commands, cache, explicit: config.control.is_explicit() };
         registry.spawn("loader", move || writer.run(received))?;
         registry.spawn_retire(retiring)?;
         Ok(Arc::new(registry))
@@ -222,9 +227,10 @@ impl Registry {
         self.table().status()
     }
 
-    /// Every known version is ready.
+    /// Every version to serve is ready.
     pub fn all_ready(&self) -> bool {
-        self.is_loaded() && self.status().iter().all(|status| status.state == State::Ready)
+        let ready = |status: &Status| matches!(status.state, State::Ready | State::Unloaded);
+        self.is_loaded() && self.status().iter().all(ready)
     }
 
     /// Every version found at start is ready or has failed.
@@ -244,6 +250,30 @@ impl Registry {
             // An error means that the writer has stopped.
             let _ = waiting.recv();
         }
+    }
+
+    /// Whether models are served as they are asked for.
+    pub fn is_explicit(&self) -> bool {
+        self.explicit
+    }
+
+    /// Asks for a model to be served as it is on disk now, with `config`, Triton's `ModelConfig` in JSON, in place of its
+    /// settings there. `done` is told once its versions are ready or have failed; then what served goes on serving.
+    pub fn load(&self, model: &str, config: Option<String>, done: Done) -> Result<()> {
+        self.ask(model, Change::Load { config }, done)
+    }
+
+    /// Asks for a model to be served no more; `done` is told when nobody can choose it. It need not be served.
+    pub fn unload(&self, model: &str, done: Done) -> Result<()> {
+        self.ask(model, Change::Unload, done)
+    }
+
+    fn ask(&self, model: &str, change: Change, done: Done) -> Result<()> {
+        if !self.explicit {
+            return Err(control::not_explicit());
+        }
+        let request = Request::new(model, change, done, &self.shared)?;
+        self.commands.send(Command::Change(request)).map_err(|_| control::stopping())
     }
 
     /// Stops loading, closes every version, lets what is queued be answered until the deadline, and removes the private

@@ -210,22 +210,26 @@ pub enum MadeContent {
     File(String),
 }
 
-/// The files that a model's settings may be in; one of them.
+/// Where a model's settings may stand: in one of two files, or in the request to load it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ConfigFile {
     #[default]
     ModelToml,
     /// Triton's; see [`super::pbtxt`].
     ConfigPbtxt,
+    /// The same in JSON, sent in place of the model's own.
+    Parameter,
 }
 
 impl ConfigFile {
+    /// The files.
     pub const ALL: [ConfigFile; 2] = [ConfigFile::ModelToml, ConfigFile::ConfigPbtxt];
 
     pub fn name(self) -> &'static str {
         match self {
             ConfigFile::ModelToml => "model.toml",
             ConfigFile::ConfigPbtxt => "config.pbtxt",
+            ConfigFile::Parameter => "parameter `config`",
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `config.pbtxt`, as Triton has it, read into the one form of settings there is.
+//! `config.pbtxt`, as Triton has it, read into the one form of settings there is; and the same in JSON.
 //!
 //! What would change answers and is not offered is refused; what would not is a warning that names it. A field that
 //! Triton does not have is refused with its line. Every problem is reported at once, but for those of the syntax. Pure.
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use miette::Diagnostic;
 use prost_reflect::text_format::ParseError;
-use prost_reflect::{DescriptorPool, DynamicMessage};
+use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor};
 
 use super::engines::BackendChoice;
 use super::model_config::{
@@ -69,17 +69,34 @@ static ENGINES: [(&str, &str, BackendChoice); 3] = [
 
 /// Reads the text of a `config.pbtxt` in a folder of that name.
 pub fn parse(text: &str, folder: &str) -> Result<ModelConfig, ConfigProblems> {
-    let written = read(text).map_err(|problem| ConfigProblems(ConfigFile::ConfigPbtxt, vec![problem]))?;
-    let mut reader = Reader { rows: written.max_batch_size > 0, ..Reader::default() };
+    understand(read(text, of_text), ConfigFile::ConfigPbtxt, folder)
+}
+
+/// Reads the same in JSON, for a model of that name.
+pub fn parse_json(text: &str, model: &str) -> Result<ModelConfig, ConfigProblems> {
+    understand(read(text, of_json), ConfigFile::Parameter, model)
+}
+
+fn understand(
+    written: Result<proto::ModelConfig, Problem>,
+    file: ConfigFile,
+    folder: &str,
+) -> Result<ModelConfig, ConfigProblems> {
+    let written = written.map_err(|problem| ConfigProblems(file, vec![problem]))?;
+    let rows = written.max_batch_size > 0;
+    let mut reader = Reader { file, rows, problems: Vec::new(), warnings: Vec::new() };
     let config = reader.model(&written, folder);
     if reader.problems.is_empty() {
         Ok(ModelConfig { warnings: reader.warnings, ..config })
     } else {
-        Err(ConfigProblems(ConfigFile::ConfigPbtxt, reader.problems))
+        Err(ConfigProblems(file, reader.problems))
     }
 }
 
-fn read(text: &str) -> Result<proto::ModelConfig, Problem> {
+fn read(
+    text: &str,
+    message: fn(MessageDescriptor, &str) -> Result<DynamicMessage, Problem>,
+) -> Result<proto::ModelConfig, Problem> {
     const NAME: &str = "inference.ModelConfig";
     // Compiled from one source in one build: only a defect of it could make the schema and the structs differ.
     let defect = || Problem {
@@ -89,9 +106,24 @@ fn read(text: &str) -> Result<proto::ModelConfig, Problem> {
     };
     let files: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/model_config/model_config.bin"));
     let schema = DescriptorPool::decode(files).ok().and_then(|pool| pool.get_message_by_name(NAME));
+    message(schema.ok_or_else(defect)?, text)?.transcode_to().map_err(|_| defect())
+}
+
+fn of_text(schema: MessageDescriptor, text: &str) -> Result<DynamicMessage, Problem> {
     let text = with_colons(text);
-    let message = DynamicMessage::parse_text_format(schema.ok_or_else(defect)?, &text);
-    message.map_err(|error| syntax_problem(&text, &error))?.transcode_to().map_err(|_| defect())
+    DynamicMessage::parse_text_format(schema, &text).map_err(|error| syntax_problem(&text, &error))
+}
+
+fn of_json(schema: MessageDescriptor, text: &str) -> Result<DynamicMessage, Problem> {
+    let problem = |error: serde_json::Error| Problem {
+        place: format!("`line {}`", error.line()),
+        found: quoted(&error.to_string()),
+        expected: "Triton's ModelConfig in JSON".into(),
+    };
+    let mut json = serde_json::Deserializer::from_str(text);
+    let message = DynamicMessage::deserialize(schema, &mut json).map_err(problem)?;
+    json.end().map_err(problem)?;
+    Ok(message)
 }
 
 /// Puts a colon between a name and a list, on the same line: the format lets it be left out before a list of messages, as
@@ -129,8 +161,9 @@ fn syntax_problem(text: &str, error: &ParseError) -> Problem {
     }
 }
 
-#[derive(Default)]
 struct Reader {
+    /// Where the settings stand, for messages.
+    file: ConfigFile,
     /// The first dimension counts rows, and `dims` leave it out.
     rows: bool,
     problems: Vec<Problem>,
@@ -149,8 +182,8 @@ impl Reader {
         let (batching, queue) = self.scheduling(written);
         let (device, instances) = self.instances(&written.instance_group);
         ModelConfig {
-            file: ConfigFile::ConfigPbtxt,
-            model_file: self.file("default_model_filename", &written.default_model_filename),
+            file: self.file,
+            model_file: self.file_name("default_model_filename", &written.default_model_filename),
             backend: self.engine(&written.backend, &written.platform),
             device,
             instances,
@@ -249,7 +282,7 @@ impl Reader {
                 self.ignored(&format!("{place}.is_non_linear_format_io"));
             }
             let tensor = self.tensor(&place, output.data_type, &output.dims, output.reshape.as_ref());
-            let labels = self.file(&format!("{place}.label_filename"), &output.label_filename);
+            let labels = self.file_name(&format!("{place}.label_filename"), &output.label_filename);
             if outputs.insert(output.name.clone(), OutputConfig { kind: None, labels, tensor }).is_some() {
                 self.refuse(&place, "it twice", "each output once");
             }
@@ -478,7 +511,7 @@ impl Reader {
             Some(InputDataType::ZeroData(true)) => Some(MadeContent::Zeros),
             Some(InputDataType::RandomData(true)) => Some(MadeContent::Random),
             Some(InputDataType::InputDataFile(file)) => {
-                self.file(&format!("{place}.input_data_file"), file).map(MadeContent::File)
+                self.file_name(&format!("{place}.input_data_file"), file).map(MadeContent::File)
             }
             _ => {
                 let expected = format!("zero_data, random_data, or input_data_file in the folder `{}`", warmup::FOLDER);
@@ -513,7 +546,7 @@ impl Reader {
         usize::try_from(found).ok().filter(|count| *count > 0)
     }
 
-    fn file(&mut self, place: &str, name: &str) -> Option<String> {
+    fn file_name(&mut self, place: &str, name: &str) -> Option<String> {
         if name.is_empty() {
             return None;
         }
@@ -533,7 +566,7 @@ impl Reader {
     }
 
     fn warn(&mut self, place: &str, why: &str) {
-        self.warnings.push(format!("{}: `{}`: {why}", ConfigFile::ConfigPbtxt.name(), quoted(place)));
+        self.warnings.push(format!("{}: `{}`: {why}", self.file.name(), quoted(place)));
     }
 }
 
@@ -754,6 +787,34 @@ mod tests {
             assert!(warning.starts_with("config.pbtxt: ") && warning.contains(expected), "{text}: {warning}");
         }
         assert_eq!(config(&policy("timeout_action: DELAY default_timeout_microseconds: 1")).default_timeout, None);
+    }
+
+    #[test]
+    fn json_says_the_same_as_text() {
+        let text = "max_batch_size: 8 input { name: 'x' data_type: TYPE_FP32 dims: [3, -1] } dynamic_batching { \
+                    max_queue_delay_microseconds: 9 } parameters { key: 'intra_op_thread_count' value { string_value: '3' } }";
+        let snake = r#"{"name":"m","max_batch_size":8,"input":[{"name":"x","data_type":"TYPE_FP32","dims":["3",-1]}],
+            "dynamic_batching":{"max_queue_delay_microseconds":9},
+            "parameters":{"intra_op_thread_count":{"string_value":"3"}}}"#;
+        let camel = snake.replace("max_batch_size", "maxBatchSize").replace("data_type", "dataType");
+        for json in [snake, &camel] {
+            let expected = ModelConfig { file: ConfigFile::Parameter, ..config(text) };
+            assert_eq!(parse_json(json, "m").unwrap(), expected, "{json}");
+        }
+        for (json, expected) in [
+            (
+                "{\n\"max_batch_sise\": 8}",
+                "parameter `config`: `line 2`: found unrecognized field name 'max_batch_sise'",
+            ),
+            ("[]", "`line 1`"),
+            ("{} {}", "trailing characters"),
+            ("{\"max_batch_size\": 99999999999}", "`line 1`"),
+            (r#"{"name":"other"}"#, "parameter `config`: `name`: found \"other\", expected \"m\""),
+            (r#"{"batch_output":[{}]}"#, "`batch_output`"),
+        ] {
+            let refusal = parse_json(json, "m").unwrap_err().to_string();
+            assert!(refusal.contains(expected), "{json}: {refusal}");
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::model_config::{ConfigFile, ModelConfig};
 use super::{pbtxt, warmup};
 use crate::backend::safetensors;
 use crate::error::quoted;
+use crate::problem::expected_name;
 use crate::request::{MAX_NAME_BYTES, VersionId};
 
 pub const MODEL_FILE: &str = "model.onnx";
@@ -109,6 +110,8 @@ pub enum SourceError {
          `{MODEL_FILE}`, or a `model.safetensors` in such a place{notes}"
     )]
     Empty { root: String, notes: String },
+    #[error("registry `{root}` holds no model `{name}` to load at start, expected {expected}{notes}")]
+    Unknown { root: String, name: String, expected: String, notes: String },
 }
 
 pub struct Folder {
@@ -117,13 +120,15 @@ pub struct Folder {
     model_name: Arc<str>,
     /// Parsed settings by path, kept while their facts stay the same.
     configs: HashMap<PathBuf, (FileFacts, Config)>,
+    /// What stands for one model's settings in the scan that is on.
+    given: Option<(Arc<str>, Arc<ModelConfig>)>,
 }
 
 type Config = Result<Arc<ModelConfig>, String>;
 
 impl Folder {
     pub fn new(root: PathBuf, model_name: &str) -> Folder {
-        Folder { root, model_name: model_name.into(), configs: HashMap::new() }
+        Folder { root, model_name: model_name.into(), configs: HashMap::new(), given: None }
     }
 
     pub fn scan(&mut self) -> Result<Scan, SourceError> {
@@ -141,6 +146,14 @@ impl Folder {
         }
         self.forget_configs(&scan);
         Ok(scan)
+    }
+
+    /// The same, with those settings for a model in place of what its folder says.
+    pub fn scan_given(&mut self, model: &Arc<str>, config: Option<ModelConfig>) -> Result<Scan, SourceError> {
+        self.given = config.map(|config| (Arc::clone(model), Arc::new(config)));
+        let scan = self.scan();
+        self.given = None;
+        scan
     }
 
     /// One model's own folder (or one version's), looked at as if its parent were a registry of that model alone.
@@ -164,14 +177,21 @@ impl Folder {
     }
 
     fn is_version(&mut self, folder: &Path, version: &Path) -> bool {
-        model_in(version, named(&self.config(folder, folder))).is_some()
+        let name = file_name(folder).unwrap_or_default();
+        model_in(version, named(&self.config(folder, folder, &name))).is_some()
     }
 
     pub fn empty(&self, scan: &Scan) -> SourceError {
-        let mut notes: Vec<&str> = scan.notes.iter().map(String::as_str).collect();
-        notes.extend(scan.unreadable.values().map(String::as_str));
-        let notes = if notes.is_empty() { String::new() } else { format!(" ({})", notes.join("; ")) };
-        SourceError::Empty { root: self.root.display().to_string(), notes }
+        SourceError::Empty { root: self.root.display().to_string(), notes: notes(scan) }
+    }
+
+    /// Of a model that was to be there.
+    pub fn unknown(&self, name: &str, scan: &Scan) -> SourceError {
+        let mut known: Vec<&str> = scan.versions.keys().map(|key| &*key.model).collect();
+        known.dedup();
+        let expected = if known.is_empty() { "a model's folder in it".into() } else { expected_name(name, &known) };
+        let (root, name) = (self.root.display().to_string(), quoted(name));
+        SourceError::Unknown { root, name, expected, notes: notes(scan) }
     }
 
     fn unusable(&self, error: std::io::Error) -> SourceError {
@@ -185,7 +205,7 @@ impl Folder {
         let settings = ConfigFile::ALL.map(|file| folder.join(file.name()));
         let files = [&[model.to_path_buf()][..], &settings[..]].concat();
         let facts = files.iter().filter_map(|path| Some(facts(path, &fs::metadata(path).ok()?))).collect();
-        let config = self.config(&folder, &folder);
+        let config = self.config(&folder, &folder, &name);
         self.add(&folder, &folder, first(&name), model, config, Ok(Fingerprint(facts)), scan);
     }
 
@@ -232,7 +252,7 @@ impl Folder {
 
     /// A model file straight in the model's folder: version 1, unless there is a folder `1`.
     fn add_loose(&mut self, root: &Path, folder: &Path, name: &Arc<str>, scan: &mut Scan) {
-        let config = self.config(root, folder);
+        let config = self.config(root, folder, name);
         if let Some(model) = model_in(folder, named(&config)) {
             self.add(root, folder, first(name), &model, config, fingerprint(folder, folder), scan);
         }
@@ -240,7 +260,7 @@ impl Folder {
 
     fn add_version(&mut self, root: &Path, folder: &Path, name: &Arc<str>, entry: &Path, scan: &mut Scan) {
         let Some(version) = file_name(entry).and_then(|name| VersionId::parse(&name)) else { return };
-        let config = self.config(root, folder);
+        let config = self.config(root, folder, name);
         let model = match model_in(entry, named(&config)) {
             Some(model) => model,
             // Triton serves models of other kinds, too: a person who brings one is told that it is not served, and why.
@@ -293,7 +313,10 @@ impl Folder {
         self.configs.retain(|path, _| path.parent().is_some_and(|folder| folders.contains(folder)));
     }
 
-    fn config(&mut self, root: &Path, folder: &Path) -> Config {
+    fn config(&mut self, root: &Path, folder: &Path, name: &str) -> Config {
+        if let Some((_, given)) = self.given.as_ref().filter(|(model, _)| **model == *name) {
+            return Ok(Arc::clone(given));
+        }
         let there = |file: &&ConfigFile| fs::symlink_metadata(folder.join(file.name())).is_ok();
         let files: Vec<ConfigFile> = ConfigFile::ALL.iter().filter(there).copied().collect();
         let file = match files[..] {
@@ -321,10 +344,17 @@ impl Folder {
     }
 }
 
+/// What a person should know of a scan that did not find what it should, in parentheses.
+fn notes(scan: &Scan) -> String {
+    let notes: Vec<&str> = scan.notes.iter().chain(scan.unreadable.values()).map(String::as_str).collect();
+    if notes.is_empty() { String::new() } else { format!(" ({})", notes.join("; ")) }
+}
+
 fn parse(file: ConfigFile, text: &str, folder: &Path) -> Result<ModelConfig, String> {
     let config = match file {
         ConfigFile::ModelToml => ModelConfig::parse(text),
         ConfigFile::ConfigPbtxt => pbtxt::parse(text, &file_name(folder).unwrap_or_default()),
+        ConfigFile::Parameter => pbtxt::parse_json(text, &file_name(folder).unwrap_or_default()),
     };
     config.map_err(|problems| problems.to_string())
 }

@@ -1,6 +1,6 @@
 //! What is served at one moment: an immutable table, replaced whole. A request looks once and keeps what it got.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::version::{State, Version};
@@ -10,6 +10,8 @@ use crate::request::{ModelRef, VersionId};
 /// All versions the registry knows of. Generic over what serves so that the choice can be tested without engines.
 pub struct Table<V = Version> {
     models: BTreeMap<Arc<str>, BTreeMap<VersionId, Entry<V>>>,
+    /// Models on disk that nobody has asked for: no more than their names is known.
+    idle: BTreeSet<Arc<str>>,
 }
 
 /// One version in the table.
@@ -31,8 +33,10 @@ pub struct Status {
 }
 
 impl<V> Table<V> {
-    pub fn new(models: BTreeMap<Arc<str>, BTreeMap<VersionId, Entry<V>>>) -> Table<V> {
-        Table { models }
+    /// `idle`: models that are there, of which those without a version are only known by name.
+    pub fn new(models: BTreeMap<Arc<str>, BTreeMap<VersionId, Entry<V>>>, mut idle: BTreeSet<Arc<str>>) -> Table<V> {
+        idle.retain(|model| !models.contains_key(model));
+        Table { models, idle }
     }
 
     /// The version that answers: the one asked for, or the highest that is ready.
@@ -83,6 +87,11 @@ impl<V> Table<V> {
             .collect()
     }
 
+    /// Models on disk that nobody has asked for.
+    pub fn idle(&self) -> &BTreeSet<Arc<str>> {
+        &self.idle
+    }
+
     /// Every version that serves.
     pub fn serving(&self) -> impl Iterator<Item = &Arc<V>> {
         self.entries().filter_map(|(_, _, entry)| entry.serving.as_ref())
@@ -95,7 +104,7 @@ impl<V> Table<V> {
 
 impl<V> Default for Table<V> {
     fn default() -> Self {
-        Table { models: BTreeMap::new() }
+        Table { models: BTreeMap::new(), idle: BTreeSet::new() }
     }
 }
 
@@ -118,7 +127,7 @@ mod tests {
             let entry = Entry { state: *state, reason: String::new(), serving: serves.then(|| Arc::new(*version)) };
             models.entry((*model).into()).or_default().insert(id(*version), entry);
         }
-        Table::new(models)
+        Table::new(models, BTreeSet::from(["m".into(), "idle".into()]))
     }
 
     fn choose(table: &Table<u64>, name: &str, version: Option<u64>) -> Result<u64, (Kind, String)> {
@@ -152,6 +161,7 @@ mod tests {
             ("loading", 1, State::Loading, false),
             ("failed", 1, State::Failed, false),
             ("leaving", 1, State::Draining, false),
+            ("unloaded", 1, State::Unloaded, false),
             ("m", 1, State::Ready, true),
         ]);
         let refused = |name, version| choose(&table, name, version).unwrap_err();
@@ -169,6 +179,12 @@ mod tests {
             refused("m", Some(9)),
             expect(Kind::NotFound, "Request for unknown model: 'm' version 9 is not found")
         );
+        assert_eq!(
+            refused("unloaded", None),
+            expect(Kind::NotFound, "Request for unknown model: 'unloaded' has no available versions")
+        );
+        assert_eq!(refused("idle", None), expect(Kind::NotFound, "Request for unknown model: 'idle' is not found"));
+        assert_eq!(table.idle().iter().map(|name| &**name).collect::<Vec<_>>(), ["idle"]);
         assert_eq!(refused("leaving", Some(1)).0, Kind::NotFound);
         assert_eq!(refused("loading", Some(1)).0, Kind::NotReady);
         assert_eq!(refused("failed", Some(1)).0, Kind::NotFound);

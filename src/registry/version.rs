@@ -14,7 +14,7 @@ use crate::scheduler::{Scheduler, ThreadPlan};
 use crate::tensor::{OutputKind, Signature};
 
 /// Where a version is in its life: Discovered → Loading → Warming → Ready → Draining, or Failed. A failed version begins
-/// anew when its files change; one that is retired is not known any more.
+/// anew when its files change; one that is retired is not known any more, unless it was unloaded on request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// Found on disk, waiting for its turn.
@@ -26,6 +26,8 @@ pub enum State {
     /// Takes no new requests, still answers those it has.
     Draining,
     Failed,
+    /// Served once, and will when its model is asked for again.
+    Unloaded,
 }
 
 impl State {

@@ -1,7 +1,8 @@
-//! When a change on disk counts: only after two scans in a row saw the same, so that half-copied files are left alone.
-//! Pure: scans in, changes out.
+//! When a change on disk counts: only after two scans in a row saw the same, so that half-copied files are left alone; or
+//! because somebody who knows asks for the model. Pure: scans in, changes out.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::source::{Discovered, Fingerprint, Key, Scan};
 
@@ -23,14 +24,19 @@ impl Watch {
         &self.settled
     }
 
+    /// The models that the last scan saw, or could not read.
+    pub fn models(&self) -> BTreeSet<Arc<str>> {
+        self.seen.keys().map(|key| Arc::clone(&key.model)).collect()
+    }
+
+    /// Whether the last scan saw that version.
+    pub fn sees(&self, key: &Key) -> bool {
+        self.seen.contains_key(key)
+    }
+
     /// Takes a new scan in; true if anything settled differently. Versions of a model that could not be read stay.
     pub fn observe(&mut self, mut scan: Scan) -> bool {
-        let mut now = fingerprints(&scan);
-        for (key, print) in &self.seen {
-            if scan.unreadable.contains_key(&key.model) {
-                now.insert(key.clone(), print.clone());
-            }
-        }
+        let now = self.see(&scan);
         let known: BTreeSet<Key> = self.settled.keys().chain(now.keys()).cloned().collect();
         let mut changed = false;
         for key in known {
@@ -46,6 +52,25 @@ impl Watch {
         }
         self.seen = now;
         changed
+    }
+
+    /// Takes a new scan in, and nothing of it counts.
+    pub fn note(&mut self, scan: &Scan) {
+        self.seen = self.see(scan);
+    }
+
+    /// Takes a new scan in, of which one model's versions count at once.
+    pub fn adopt(&mut self, model: &str, scan: Scan) {
+        self.note(&scan);
+        self.settled.retain(|key, _| &*key.model != model);
+        self.settled.extend(scan.versions.into_iter().filter(|(key, _)| &*key.model == model));
+    }
+
+    fn see(&self, scan: &Scan) -> BTreeMap<Key, Fingerprint> {
+        let mut now = fingerprints(scan);
+        let unread = self.seen.iter().filter(|(key, _)| scan.unreadable.contains_key(&key.model));
+        now.extend(unread.map(|(key, print)| (key.clone(), print.clone())));
+        now
     }
 }
 
@@ -104,6 +129,20 @@ mod tests {
         };
         assert_eq!(sizes(&watch, "a"), Some(discovered("a", 1, 6).fingerprint));
         assert_eq!(sizes(&watch, "b"), Some(discovered("b", 1, 1).fingerprint));
+    }
+
+    #[test]
+    fn what_is_only_noted_counts_once_its_model_is_asked_for() {
+        let mut watch = Watch::new(scan(&[("a", 1, 5)]));
+        let grown = || scan(&[("a", 1, 6), ("a", 2, 1), ("b", 1, 1)]);
+        watch.note(&grown());
+        watch.note(&grown());
+        assert_eq!(held(&watch), ["a/1"]);
+        assert_eq!(watch.models().into_iter().collect::<Vec<_>>(), ["a".into(), "b".into()]);
+        watch.adopt("b", grown());
+        assert_eq!(held(&watch), ["a/1", "b/1"]);
+        watch.adopt("a", scan(&[("a", 2, 1)]));
+        assert_eq!(held(&watch), ["a/2", "b/1"]);
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! The one writer of the table: a thread that looks at the folder, loads what is new, and publishes what changed.
 //!
 //! Everything slow happens between two tables, never while one is replaced. A version fails alone; a replacement that
-//! fails leaves the old version serving.
+//! fails leaves the old version serving. Where models are served as they are asked for, requests change the set of those
+//! that are wanted, and nothing else differs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender};
 use std::time::{Duration, Instant};
 
-use super::Shared;
+use super::control::{self, Change, Request};
 use super::loader::{CompareGoldens, Failure, Loader, Settings};
 use super::model_config::VersionPolicy;
 use super::plan::{self, Candidate, Step};
@@ -17,13 +18,20 @@ use super::source::{Discovered, Fingerprint, Folder, Key, Scan};
 use super::table::{Entry, Table};
 use super::version::{State, Version};
 use super::watch::Watch;
+use super::{Shared, pbtxt};
+use crate::error::{Error, Result};
 use crate::monitor::{Monitor, events};
 use crate::request::VersionId;
+
+/// Why a version is not served that left on request: Triton's word.
+const UNLOADED: &str = "unloaded";
 
 /// What the writer is asked to do.
 pub enum Command {
     /// Look at the folder now, and answer when what settled is applied.
     Poll(SyncSender<()>),
+    /// Load or unload a model.
+    Change(Request),
     /// A version that left the index is retired.
     Retired(Key),
     /// Wake up and see that the registry is stopping.
@@ -37,14 +45,26 @@ pub struct Writer {
     pub monitor: Arc<Monitor>,
     pub shared: Arc<Shared>,
     pub retire: Sender<Retiring>,
-    /// Zero: never look by itself.
-    pub poll_interval: Duration,
+    /// `None`: never look by itself.
+    pub interval: Option<Duration>,
     pub drain_timeout: Duration,
+    /// The models that are to be served. `None`: all.
+    pub asked: Option<BTreeSet<Arc<str>>>,
     pub slots: BTreeMap<Key, Slot>,
-    /// Versions on their way out, for the index.
-    pub draining: Vec<Key>,
+    pub beside: Beside,
     /// What was last said about the folder, to say it once.
     pub said: BTreeSet<String>,
+}
+
+/// What the index names besides the slots.
+#[derive(Default)]
+pub struct Beside {
+    /// Versions on their way out.
+    draining: Vec<Key>,
+    /// Versions that left on request and are still on disk.
+    unloaded: BTreeSet<Key>,
+    /// Where models are asked for: all that are on disk.
+    models: BTreeSet<Arc<str>>,
 }
 
 /// One version that is served, or should be, or was tried.
@@ -77,19 +97,23 @@ impl Slot {
 impl Writer {
     /// Loads what was there at start, then watches the folder until the registry stops.
     pub fn run(mut self, commands: Receiver<Command>) {
+        self.name_models();
         self.apply();
         self.shared.loaded();
         while !self.shared.stopping() {
-            let received = if self.poll_interval.is_zero() {
-                commands.recv().map_err(|_| RecvTimeoutError::Disconnected)
-            } else {
-                commands.recv_timeout(self.poll_interval)
+            let received = match self.interval {
+                None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(interval) => commands.recv_timeout(interval),
             };
             match received {
                 Ok(Command::Poll(done)) => {
                     self.look();
                     // Whoever asked may have left.
                     let _ = done.send(());
+                }
+                Ok(Command::Change(request)) => {
+                    let outcome = self.change(&request);
+                    request.answer(outcome);
                 }
                 Ok(Command::Retired(key)) => self.forget(&key),
                 Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => return,
@@ -102,6 +126,10 @@ impl Writer {
         match self.folder.scan() {
             Ok(scan) => {
                 self.say(scan_notes(&scan));
+                if self.asked.is_some() {
+                    self.watch.note(&scan);
+                    return self.name_models();
+                }
                 let changed = self.watch.observe(scan);
                 if self.retries_due(Instant::now()) || changed {
                     self.apply();
@@ -110,6 +138,105 @@ impl Writer {
             // Whatever serves goes on serving: a registry that cannot be read is not an empty one.
             Err(error) => self.say([error.to_string()].into()),
         }
+    }
+
+    /// For the index. A version is unloaded for as long as it is there.
+    fn name_models(&mut self) {
+        if self.asked.is_none() {
+            return;
+        }
+        let (models, known) = (self.watch.models(), self.beside.unloaded.len());
+        self.beside.unloaded.retain(|key| self.watch.sees(key));
+        if models != self.beside.models || known != self.beside.unloaded.len() {
+            self.beside.models = models;
+            self.publish();
+        }
+    }
+
+    fn change(&mut self, request: &Request) -> Result<()> {
+        match &request.change {
+            Change::Load { config } => self.load_model(&request.model, config.as_deref()),
+            Change::Unload => {
+                self.unload_model(&request.model);
+                Ok(())
+            }
+        }
+    }
+
+    /// Serves a model as it is on disk now, with that `ModelConfig` as its settings where one is given. A load that fails
+    /// takes nothing away.
+    fn load_model(&mut self, model: &Arc<str>, config: Option<&str>) -> Result<()> {
+        let config = config.map(|config| pbtxt::parse_json(config, model)).transpose();
+        let config = config.map_err(|problems| Error::invalid(problems.to_string()))?;
+        let scan = self.folder.scan_given(model, config).map_err(|error| {
+            self.say([error.to_string()].into());
+            control::unknown(model)
+        })?;
+        self.say(scan_notes(&scan));
+        if !scan.versions.keys().any(|key| key.model == *model) {
+            self.watch.note(&scan);
+            self.name_models();
+            return Err(control::unknown(model));
+        }
+        self.adopt(model, scan);
+        self.admit(model);
+        self.publish();
+        if !self.load_wanted(model) {
+            return Err(control::stopping());
+        }
+        let outcome = self.outcome(model);
+        if let (Ok(()), Step::Retire(ids)) = (&outcome, self.next(model)) {
+            self.retire(model, &ids);
+        }
+        self.publish();
+        outcome
+    }
+
+    /// Takes a model's versions as that scan has them. What failed is tried again, and what is to be served with other
+    /// settings.
+    fn adopt(&mut self, model: &Arc<str>, scan: Scan) {
+        for (key, slot) in self.slots.iter_mut().filter(|(key, _)| key.model == *model) {
+            let (known, found) = (self.watch.settled().get(key), scan.versions.get(key));
+            if !slot.reason.is_empty() || known.map(|known| &known.config) != found.map(|found| &found.config) {
+                slot.tried = None;
+                slot.retry = None;
+            }
+        }
+        self.watch.adopt(model, scan);
+        self.asked.get_or_insert_default().insert(Arc::clone(model));
+        self.beside.unloaded.retain(|key| key.model != *model);
+        self.name_models();
+    }
+
+    /// What became of the versions to serve.
+    fn outcome(&self, model: &Arc<str>) -> Result<()> {
+        let wanted = || self.slots.iter().filter(|(key, slot)| key.model == *model && slot.wanted);
+        if wanted().next().is_none() {
+            return Err(control::no_version(model));
+        }
+        let failed = || wanted().filter(|(_, slot)| !slot.reason.is_empty());
+        match failed().next() {
+            None => Ok(()),
+            Some(_) => Err(control::failed(
+                model,
+                failed().map(|(key, slot)| (key.version, slot.serving.is_some(), &*slot.reason)),
+            )),
+        }
+    }
+
+    fn unload_model(&mut self, model: &Arc<str>) {
+        if let Some(asked) = &mut self.asked {
+            asked.remove(model);
+        }
+        self.admit(model);
+        if let Step::Retire(ids) = self.next(model) {
+            self.retire(model, &ids);
+        }
+        self.publish();
+    }
+
+    fn is_asked(&self, model: &Arc<str>) -> bool {
+        self.asked.as_ref().is_none_or(|asked| asked.contains(model))
     }
 
     fn retries_due(&mut self, now: Instant) -> bool {
@@ -143,19 +270,27 @@ impl Writer {
         }
         self.publish();
         for model in &models {
-            while let Step::Load(id) = self.next(model) {
-                if self.shared.stopping() {
-                    return;
-                }
-                self.load(&Key { model: Arc::clone(model), version: id });
-                self.admit(model);
-                self.publish();
+            if !self.load_wanted(model) {
+                return;
             }
             if let Step::Retire(ids) = self.next(model) {
                 self.retire(model, &ids);
             }
         }
         self.publish();
+    }
+
+    /// False: the registry stops.
+    fn load_wanted(&mut self, model: &Arc<str>) -> bool {
+        while let Step::Load(id) = self.next(model) {
+            if self.shared.stopping() {
+                return false;
+            }
+            self.load(&Key { model: Arc::clone(model), version: id });
+            self.admit(model);
+            self.publish();
+        }
+        true
     }
 
     /// Slots for the versions wanted; see [`plan::has_slot`] for those that go. Leaves the candidates as they are.
@@ -180,6 +315,9 @@ impl Writer {
 
     /// All versions of a model share its `model.toml`; a broken one fails them all, one by one, with its reason.
     fn policy(&self, model: &Arc<str>) -> VersionPolicy {
+        if !self.is_asked(model) {
+            return VersionPolicy::Listed(BTreeSet::new());
+        }
         let config = self.versions(model).find_map(|found| found.config.as_ref().ok());
         config.map(|config| config.versions.clone()).unwrap_or_default()
     }
@@ -270,11 +408,11 @@ impl Writer {
             return Ok(None);
         }
         let settings = staged.settings.clone();
-        let (slots, shared, draining) = (&mut self.slots, &self.shared, &self.draining);
+        let (slots, shared, beside) = (&mut self.slots, &self.shared, &self.beside);
         let loaded = self.loader.load(found, staged, CompareGoldens::IfConfigured, || {
             if let Some(slot) = slots.get_mut(key).filter(|slot| slot.serving.is_none()) {
                 slot.state = State::Warming;
-                shared.publish(table(slots, draining));
+                shared.publish(table(slots, beside));
             }
         })?;
         Ok(Some((self.loader.serve(loaded, &self.monitor), settings)))
@@ -301,12 +439,21 @@ impl Writer {
 
     fn retire(&mut self, model: &Arc<str>, ids: &BTreeSet<VersionId>) {
         let mut leaving = Vec::new();
+        let unloaded = !self.is_asked(model);
         for id in ids {
             let key = Key { model: Arc::clone(model), version: *id };
             let on_disk = self.watch.settled().contains_key(&key);
             if let Some((version, _)) = self.slots.remove(&key).and_then(|slot| slot.serving) {
-                self.draining.push(key.clone());
-                leaving.push((version, key, if on_disk { "not among the versions to serve" } else { "removed" }));
+                self.beside.draining.push(key.clone());
+                let reason = match (on_disk, unloaded) {
+                    (true, true) => {
+                        self.beside.unloaded.insert(key.clone());
+                        UNLOADED
+                    }
+                    (true, false) => "not among the versions to serve",
+                    (false, _) => "removed",
+                };
+                leaving.push((version, key, reason));
             }
         }
         if !leaving.is_empty() {
@@ -327,14 +474,15 @@ impl Writer {
     }
 
     fn forget(&mut self, key: &Key) {
-        if let Some(at) = self.draining.iter().position(|draining| draining == key) {
-            self.draining.swap_remove(at);
+        let draining = &mut self.beside.draining;
+        if let Some(at) = draining.iter().position(|draining| draining == key) {
+            draining.swap_remove(at);
             self.publish();
         }
     }
 
     fn publish(&self) {
-        self.shared.publish(table(&self.slots, &self.draining));
+        self.shared.publish(table(&self.slots, &self.beside));
     }
 }
 
@@ -342,15 +490,18 @@ pub fn scan_notes(scan: &Scan) -> BTreeSet<String> {
     scan.notes.iter().chain(scan.unreadable.values()).cloned().collect()
 }
 
-fn table(slots: &BTreeMap<Key, Slot>, draining: &[Key]) -> Table {
+fn table(slots: &BTreeMap<Key, Slot>, beside: &Beside) -> Table {
     let mut models: BTreeMap<Arc<str>, BTreeMap<VersionId, Entry>> = BTreeMap::new();
     let mut put = |key: &Key, entry| models.entry(Arc::clone(&key.model)).or_default().insert(key.version, entry);
-    for key in draining {
+    for key in &beside.unloaded {
+        put(key, Entry { state: State::Unloaded, reason: UNLOADED.into(), serving: None });
+    }
+    for key in &beside.draining {
         put(key, Entry { state: State::Draining, reason: String::new(), serving: None });
     }
     for (key, slot) in slots.iter().filter(|(_, slot)| slot.wanted || slot.serving.is_some()) {
         let serving = slot.serving.as_ref().map(|(version, _)| Arc::clone(version));
         put(key, Entry { state: slot.state, reason: slot.reason.clone(), serving });
     }
-    Table::new(models)
+    Table::new(models, beside.models.clone())
 }

@@ -49,6 +49,8 @@ pub struct Config {
     pub lame_duck: Duration,
     /// How long what was accepted may take to finish after that.
     pub drain_timeout: Duration,
+    /// How long a client that asks to load or unload a model is kept waiting.
+    pub load_timeout: Duration,
     pub connections: ConnectionLimits,
     pub budget: BudgetConfig,
     pub rest: rest::Config,
@@ -243,6 +245,7 @@ impl Life {
             Arc::clone(&self.registry),
             Arc::clone(&self.monitor),
             self.config.budget.clone(),
+            self.config.load_timeout,
             self.phase.subscribe(),
             Pool::new(self.config.cores).map_err(ServerError::Start)?,
         ));

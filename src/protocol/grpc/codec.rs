@@ -107,6 +107,29 @@ impl Wire for proto::ModelInferRequest {
     }
 }
 
+impl Wire for proto::RepositoryModelLoadRequest {
+    fn check(encoded: &[u8]) -> Result<()> {
+        check_change(encoded)
+    }
+}
+
+impl Wire for proto::RepositoryModelUnloadRequest {
+    fn check(encoded: &[u8]) -> Result<()> {
+        check_change(encoded)
+    }
+}
+
+/// A request to load or unload a model.
+fn check_change(encoded: &[u8]) -> Result<()> {
+    let mut parameters = 0;
+    for field in Fields(encoded) {
+        if let (3, _) = field? {
+            count(&mut parameters, MAX_PARAMETERS, "parameters")?;
+        }
+    }
+    Ok(())
+}
+
 macro_rules! unchecked {
     ($($message:ident),* $(,)?) => { $(impl Wire for proto::$message {})* };
 }
@@ -130,6 +153,8 @@ unchecked!(
     ModelStreamInferResponse,
     RepositoryIndexRequest,
     RepositoryIndexResponse,
+    RepositoryModelLoadResponse,
+    RepositoryModelUnloadResponse,
 );
 
 /// The id of a request whose encoded form begins so: it stands before the inputs. Empty where it cannot be read.

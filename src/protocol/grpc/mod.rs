@@ -64,6 +64,8 @@ pub struct Config {
     pub max_message_bytes: usize,
     /// How long a client may take to send its message.
     pub body_timeout: Duration,
+    /// Whether models may be loaded and unloaded here, as far as they are served on request.
+    pub repository_api: bool,
     /// Requests of one stream in the server at once. No more of them are read until one is answered.
     pub max_stream_requests: usize,
 }
@@ -73,6 +75,7 @@ impl Default for Config {
         Config {
             max_message_bytes: 64 << 20,
             body_timeout: Duration::from_secs(30),
+            repository_api: false,
             max_stream_requests: stream::DEFAULT_MAX_STREAM_REQUESTS,
         }
     }
@@ -101,7 +104,7 @@ pub fn routes(engine: Arc<Engine>, config: Config) -> axum::Router {
 fn service(engine: Arc<Engine>, config: Config) -> Grpc {
     let places = Places::new(MAX_PLACES);
     Grpc {
-        inference: Arc::new(InferenceService::new(Arc::clone(&engine), Arc::clone(&places))),
+        inference: Arc::new(InferenceService::new(Arc::clone(&engine), Arc::clone(&places), config.repository_api)),
         health: Arc::new(HealthService::new(Arc::clone(&engine))),
         reflection: Reflection::new(Arc::clone(&engine), config.body_timeout).map(Arc::new),
         places,
@@ -143,6 +146,8 @@ enum Unary {
     Infer,
     /// About the server or a model; also methods that the service does not have.
     Query,
+    /// To load or unload a model.
+    Change,
     Health,
 }
 
@@ -151,6 +156,7 @@ impl Call {
         match path.strip_prefix('/')?.split_once('/')? {
             (SERVICE, "ModelInfer") => Some(Call::Unary(Unary::Infer)),
             (SERVICE, "ModelStreamInfer") => Some(Call::Stream),
+            (SERVICE, "RepositoryModelLoad" | "RepositoryModelUnload") => Some(Call::Unary(Unary::Change)),
             (SERVICE, _) => Some(Call::Unary(Unary::Query)),
             (HEALTH_SERVICE, _) => Some(Call::Unary(Unary::Health)),
             (service, _) if reflection::SERVICES.contains(&service) => Some(Call::Reflection),
@@ -284,7 +290,7 @@ impl Grpc {
     {
         let limit = self.limit(call);
         let Ok(response) = match call {
-            Unary::Infer | Unary::Query => {
+            Unary::Infer | Unary::Query | Unary::Change => {
                 let call = self.inference(limit).call(request);
                 intake.follow(call, &self.places).await?
             }
@@ -310,11 +316,12 @@ impl Grpc {
     }
 
     fn limit(&self, call: Unary) -> usize {
-        if call == Unary::Infer {
-            self.config.max_message_bytes
-        } else {
-            MAX_QUERY_BYTES.min(self.config.max_message_bytes)
-        }
+        let limit = match call {
+            Unary::Infer => usize::MAX,
+            Unary::Query | Unary::Health => MAX_QUERY_BYTES,
+            Unary::Change => common::MAX_REPOSITORY_BYTES,
+        };
+        limit.min(self.config.max_message_bytes)
     }
 }
 

@@ -1,5 +1,6 @@
 //! The service's methods: each converts, asks the engine, converts back.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,24 +10,28 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::intake::{Admitted, Intake, LONG, Places, at_length, grow_to};
 use super::proto::grpc_inference_service_server::GrpcInferenceService;
-use super::proto::{self, model_metadata_response::TensorMetadata, repository_index_response::ModelIndex};
+use super::proto::model_repository_parameter::ParameterChoice;
+use super::proto::{
+    self, ModelRepositoryParameter, model_metadata_response::TensorMetadata, repository_index_response::ModelIndex,
+};
 use super::stream::Answers;
 use super::{convert, status_of};
 use crate::engine::{Engine, ModelInfo};
 use crate::error::{Error, Kind, Result};
-use crate::protocol::{EXTENSIONS, common, triton};
+use crate::protocol::{common, triton};
 use crate::request::InferResponse;
 use crate::tensor::TensorSpec;
 
 pub(super) struct InferenceService {
     engine: Arc<Engine>,
     places: Arc<Places>,
+    repository_api: bool,
 }
 
 impl InferenceService {
-    /// Long answers are classified in one of the `places`.
-    pub(super) fn new(engine: Arc<Engine>, places: Arc<Places>) -> Self {
-        InferenceService { engine, places }
+    /// Long answers are classified in one of the `places`. `repository_api`: models may be loaded and unloaded here.
+    pub(super) fn new(engine: Arc<Engine>, places: Arc<Places>, repository_api: bool) -> Self {
+        InferenceService { engine, places, repository_api }
     }
 
     async fn infer(
@@ -36,6 +41,23 @@ impl InferenceService {
     ) -> Result<Response<proto::ModelInferResponse>> {
         let response = infer(&self.engine, &self.places, intake.take()?, message).await?;
         Ok(answer(intake, response))
+    }
+
+    /// The name of the model that was loaded.
+    async fn load(&self, message: proto::RepositoryModelLoadRequest) -> Result<String> {
+        let proto::RepositoryModelLoadRequest { repository_name, model_name: name, parameters } = message;
+        common::check_repository_api(&self.engine, self.repository_api)?;
+        let name = model_name(repository_name, name)?;
+        self.engine.load(&name, config(&parameters)?).await?;
+        Ok(name)
+    }
+
+    /// The name of the model that was unloaded. No model depends on another one: parameters say nothing.
+    async fn unload(&self, message: proto::RepositoryModelUnloadRequest) -> Result<String> {
+        common::check_repository_api(&self.engine, self.repository_api)?;
+        let name = model_name(message.repository_name, message.model_name)?;
+        self.engine.unload(&name).await?;
+        Ok(name)
     }
 }
 
@@ -117,10 +139,11 @@ impl GrpcInferenceService for InferenceService {
         request: Request<proto::ServerMetadataRequest>,
     ) -> Result<Response<proto::ServerMetadataResponse>, Status> {
         Intake::reach(&request)?;
+        let extensions = common::extensions(&self.engine, self.repository_api);
         Ok(Response::new(proto::ServerMetadataResponse {
             name: env!("CARGO_PKG_NAME").to_string(),
             version: env!("CARGO_PKG_VERSION").to_string(),
-            extensions: EXTENSIONS.iter().map(|extension| extension.to_string()).collect(),
+            extensions: extensions.into_iter().map(str::to_string).collect(),
         }))
     }
 
@@ -180,18 +203,66 @@ impl GrpcInferenceService for InferenceService {
     ) -> Result<Response<proto::RepositoryIndexResponse>, Status> {
         Intake::reach(&request)?;
         let proto::RepositoryIndexRequest { repository_name, ready } = request.into_inner();
-        if !repository_name.is_empty() {
-            let error = Error::new(Kind::Unsupported, "'repository_name' is not supported: there is one repository");
-            return Err(status_of(&error));
-        }
+        check_repository(&repository_name).map_err(|error| status_of(&error))?;
         let models = common::index(&self.engine, ready).map(|entry| ModelIndex {
             name: entry.name.to_string(),
-            version: entry.version.to_string(),
+            version: entry.version.map(|version| version.to_string()).unwrap_or_default(),
             state: entry.state.to_string(),
             reason: entry.reason,
         });
         Ok(Response::new(proto::RepositoryIndexResponse { models: models.collect() }))
     }
+
+    async fn repository_model_load(
+        &self,
+        request: Request<proto::RepositoryModelLoadRequest>,
+    ) -> Result<Response<proto::RepositoryModelLoadResponse>, Status> {
+        Intake::reach(&request)?;
+        let model_name = self.load(request.into_inner()).await.map_err(|error| status_of(&error))?;
+        Ok(Response::new(proto::RepositoryModelLoadResponse { model_name, is_loaded: true }))
+    }
+
+    async fn repository_model_unload(
+        &self,
+        request: Request<proto::RepositoryModelUnloadRequest>,
+    ) -> Result<Response<proto::RepositoryModelUnloadResponse>, Status> {
+        Intake::reach(&request)?;
+        let model_name = self.unload(request.into_inner()).await.map_err(|error| status_of(&error))?;
+        Ok(Response::new(proto::RepositoryModelUnloadResponse { model_name, is_unloaded: true }))
+    }
+}
+
+type RepositoryParameters = HashMap<String, ModelRepositoryParameter>;
+
+fn check_repository(name: &str) -> Result<()> {
+    if name.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Unsupported, "'repository_name' is not supported: there is one repository"))
+}
+
+/// The name in the second field, Triton's, or alone in the first, KServe's.
+fn model_name(first: String, second: String) -> Result<String> {
+    let name = if second.is_empty() {
+        first
+    } else {
+        check_repository(&first)?;
+        second
+    };
+    common::check_length("the model's name", &name)?;
+    Ok(name)
+}
+
+fn config(parameters: &RepositoryParameters) -> Result<Option<String>> {
+    let config = |(name, value): (&String, &ModelRepositoryParameter)| {
+        let text = match &value.parameter_choice {
+            Some(ParameterChoice::StringParam(text)) => Some(&**text),
+            _ => None,
+        };
+        common::load_config(name, text)
+    };
+    // One at the most: any other name is refused.
+    parameters.iter().map(config).try_fold(None, |_, config| config.map(Some))
 }
 
 fn model_metadata(info: ModelInfo) -> proto::ModelMetadataResponse {

@@ -2,7 +2,7 @@
 //!
 //! `routes` maps paths to handlers · `infer` is the way of one inference · `body` and `encoding` read it within bounds ·
 //! `json` turns it into tensors, by way of `envelope`, `parameters`, `data` and `binary` · `answer` writes the
-//! response · `repository` lists what is there · `triton` tells configurations and statistics. Owns parsing, HTTP limits and texts. Knows nothing of the listener, of batching or of models.
+//! response · `repository` lists, loads and unloads what is there · `triton` tells configurations and statistics. Owns parsing, HTTP limits and texts. Knows nothing of the listener, of batching or of models.
 //!
 //! No byte of a body is read before there is a permit for it. Work that may take more than about 500 µs runs on the
 //! CPU pool. No request needs a `Content-Type`, as real clients send none.
@@ -52,6 +52,8 @@ pub struct Config {
     pub min_body_rate: usize,
     /// Bytes parsed or formatted on the async thread; more go to the CPU pool: 128 KiB, about 500 µs of JSON numbers.
     pub inline_bytes: usize,
+    /// Whether models may be loaded and unloaded here, as far as they are served on request: not.
+    pub repository_api: bool,
     /// The shortest response worth compressing: 1 KiB.
     pub min_compressed_bytes: usize,
 }
@@ -66,6 +68,7 @@ impl Default for Config {
             body_grace: Duration::from_secs(5),
             min_body_rate: 1024,
             inline_bytes: 128 << 10,
+            repository_api: false,
             min_compressed_bytes: 1 << 10,
         }
     }
@@ -76,9 +79,9 @@ pub fn router(engine: Arc<Engine>, config: Config) -> axum::Router {
     routes::routes(App { engine, config: Arc::new(config) })
 }
 
-/// The admin port's routes: for now the repository index.
+/// The admin port's routes: for now those of the repository.
 pub fn admin(engine: Arc<Engine>, config: Config) -> axum::Router {
-    routes::admin(App { engine, config: Arc::new(config) })
+    routes::admin(App { engine, config: Arc::new(Config { repository_api: true, ..config }) })
 }
 
 const ORIGIN: Origin = Origin { protocol: Protocol::Http };

@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 
 use super::json::malformed;
 use crate::error::{Error, Result, quoted};
-use crate::protocol::common::{MAX_PARAMETERS, check_parameter, too_many};
+use crate::protocol::common::{MAX_PARAMETERS, check_parameter, load_config, too_many};
 use crate::request::Priority;
 
 /// All parameters of a request, an input or an output, as JSON text.
@@ -90,6 +90,16 @@ pub(super) fn of_output(raw: Option<&RawValue>, output: &str) -> Result<OfOutput
     Ok(found)
 }
 
+/// The settings in a request to load a model.
+pub(super) fn of_load(raw: Option<&RawValue>) -> Result<Option<String>> {
+    let mut config = None;
+    each(raw, "the request", |key, value| {
+        config = Some(load_config(key, if let Value::Text(text) = value { Some(text) } else { None })?);
+        Ok(())
+    })?;
+    Ok(config)
+}
+
 fn expected(key: &str, owner: &str, expected: &str) -> Error {
     Error::invalid(format!("parameter `{key}` of {owner} is not as expected: {expected}"))
 }
@@ -121,9 +131,7 @@ enum Value {
     Uint(u64),
     /// Negative, fractional or beyond 64 bits: nothing that a parameter here wants.
     Number,
-    Text {
-        empty: bool,
-    },
+    Text(String),
 }
 
 impl Value {
@@ -137,7 +145,12 @@ impl Value {
 
     /// Says the same as being absent.
     fn is_off(&self) -> bool {
-        matches!(self, Value::Bool(false) | Value::Uint(0) | Value::Text { empty: true })
+        match self {
+            Value::Bool(on) => !on,
+            Value::Uint(number) => *number == 0,
+            Value::Number => false,
+            Value::Text(text) => text.is_empty(),
+        }
     }
 }
 
@@ -168,7 +181,7 @@ impl<'de> Deserialize<'de> for Value {
             }
 
             fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-                Ok(Value::Text { empty: value.is_empty() })
+                Ok(Value::Text(value.to_string()))
             }
         }
         deserializer.deserialize_any(OfValue)

@@ -10,9 +10,8 @@ use http::StatusCode;
 use http::request::Parts;
 use serde::{Serialize, Serializer};
 
-use super::{App, Refusal, infer, json, repository, triton};
+use super::{App, Refusal, common, infer, json, repository, triton};
 use crate::error::{Error, Kind, Result, quoted};
-use crate::protocol::EXTENSIONS;
 use crate::request::{MAX_NAME_BYTES, ModelRef, VersionId};
 use crate::tensor::TensorSpec;
 
@@ -23,9 +22,7 @@ pub(super) fn routes(app: App) -> Router {
     let router = at(router, "/v2/health/ready", get(ready));
     let router = at(router, "/v2/models", get(models));
     let router = at(router, "/v2/models/stats", get(triton::all_statistics));
-    let router = at(router, "/v2/repository/index", post(repository::index));
-    let router = at(router, "/v2/repository/models/{model}/load", post(repository::refuse));
-    let router = at(router, "/v2/repository/models/{model}/unload", post(repository::refuse));
+    let router = repository(router);
     ["/v2/models/{model}", "/v2/models/{model}/versions/{version}"]
         .into_iter()
         .fold(router, |router, model| {
@@ -41,10 +38,13 @@ pub(super) fn routes(app: App) -> Router {
 }
 
 pub(super) fn admin(app: App) -> Router {
-    at(Router::new(), "/v2/repository/index", post(repository::index))
-        .fallback(unknown)
-        .method_not_allowed_fallback(not_allowed)
-        .with_state(app)
+    repository(Router::new()).fallback(unknown).method_not_allowed_fallback(not_allowed).with_state(app)
+}
+
+fn repository(router: Router<App>) -> Router<App> {
+    let router = at(router, "/v2/repository/index", post(repository::index));
+    let router = at(router, "/v2/repository/models/{model}/load", post(repository::load));
+    at(router, "/v2/repository/models/{model}/unload", post(repository::unload))
 }
 
 /// With and without a trailing slash.
@@ -120,17 +120,15 @@ async fn ready(State(app): State<App>) -> Response {
     json(verdict(ready), &Body { ready })
 }
 
-async fn server() -> Response {
+async fn server(State(app): State<App>) -> Response {
     #[derive(Serialize)]
     struct Body {
         name: &'static str,
         version: &'static str,
-        extensions: &'static [&'static str],
+        extensions: Vec<&'static str>,
     }
-    json(
-        StatusCode::OK,
-        &Body { name: env!("CARGO_PKG_NAME"), version: env!("CARGO_PKG_VERSION"), extensions: EXTENSIONS },
-    )
+    let extensions = common::extensions(&app.engine, app.config.repository_api);
+    json(StatusCode::OK, &Body { name: env!("CARGO_PKG_NAME"), version: env!("CARGO_PKG_VERSION"), extensions })
 }
 
 async fn models(State(app): State<App>) -> Response {
