@@ -51,3 +51,75 @@ async fn stop(phase: &mut watch::Receiver<Phase>) {
     // Where the server is gone, it has stopped.
     let _ = phase.wait_for(|phase| *phase > Phase::Ready).await;
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::backend::fake::{Fake, Gate as Held};
+    use crate::monitor::Monitor;
+    use crate::pool::Pool;
+    use crate::registry::{AtStart, Config, Control, Engines};
+    use crate::request::BudgetConfig;
+    use crate::scheduler::Gate;
+
+    const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/traps/sentinel/1/model.onnx");
+
+    /// An engine that serves `model` on request, whose every run waits.
+    fn engine(held: &Arc<Held>, load_timeout: Duration) -> (Engine, watch::Sender<Phase>) {
+        let fake = Fake::echo(1).gated(held);
+        let engines = Engines {
+            onnxruntime: Some(Arc::new(fake)),
+            tract: None,
+            candle: None,
+            onnxruntime_reason: String::new(),
+            details: String::new(),
+            broken: false,
+        };
+        let at_start = AtStart::Named([].into());
+        let config = Config {
+            root: MODEL.into(),
+            temp_dir: std::env::temp_dir(),
+            control: Control::Explicit { at_start, interval: Duration::from_secs(3600) },
+            ..Config::default()
+        };
+        let monitor = Monitor::new();
+        let registry = Registry::start_with(config, engines, 2, Gate::new(2), Arc::clone(&monitor)).unwrap();
+        let (phase, phases) = watch::channel(Phase::Ready);
+        let cpu = Pool::new(1).unwrap();
+        (Engine::new(registry, monitor, BudgetConfig::default(), load_timeout, phases, cpu), phase)
+    }
+
+    fn state(engine: &Engine) -> &'static str {
+        engine.index()[0].state
+    }
+
+    #[tokio::test]
+    async fn whoever_is_told_that_a_load_takes_too_long_does_not_stop_it() {
+        let held = Held::new();
+        let (engine, _phase) = engine(&held, Duration::from_millis(1));
+        assert_eq!(engine.load("model", None).await.unwrap_err().kind(), Kind::DeadlineExceeded);
+        held.open();
+        while state(&engine) != "READY" {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stop_is_not_held_up_by_a_load() {
+        let held = Held::new();
+        let (engine, phase) = engine(&held, Duration::MAX);
+        let stop = async {
+            while state(&engine) != "LOADING" {
+                tokio::task::yield_now().await;
+            }
+            phase.send_replace(Phase::LameDuck);
+        };
+        let (loaded, ()) = tokio::join!(engine.load("model", None), stop);
+        assert_eq!(loaded, Err(stopping()));
+        assert_eq!(engine.unload("model").await, Err(stopping()), "nor is anything begun then");
+        held.open();
+    }
+}

@@ -43,7 +43,7 @@ answers and is not offered is a refusal, with its reason in the index; what woul
 | `name` | the folder's name, if it is there |
 | `backend`, `platform` | `onnxruntime` and `onnxruntime_onnx`: the engine at hand for ONNX. `tract`, `tract_onnx`, `candle`, `candle_safetensors`: that one. Others are refused |
 | `default_model_filename` | `model_file`; no folders |
-| `max_batch_size` | n: the most rows of a request, and `dims` leave the batch out. 0: no batch. A file without it, `input` and `output` is completed from the model, as in Triton; then the self-test decides about batching |
+| `max_batch_size` | n: the most rows of a request, and `dims` leave the batch out; 2147483647: any number of rows. 0: no batch. A file without it, `input` and `output` is completed from the model, as in Triton; then the self-test decides about batching |
 | `input`, `output` | names, `data_type` and `dims` must be the model's: all inputs or none; outputs that are not there are not given, unless none is. A `reshape` is the model's own shape where `dims` are another one of as many elements. A `label_filename` names an output's classes. `optional`, `allow_ragged_batch` and `is_shape_tensor` are refused |
 | `dynamic_batching` | requests share batches because the file says so, without a self-test; without it they don't. The largest `preferred_batch_size`, or `max_batch_size`, is `preferred_rows`; `max_queue_delay_microseconds` is `max_delay` |
 | `default_queue_policy` | `max_queue_size` is `max_queue_requests` (0: the default); `default_timeout_microseconds` with `REJECT` is `default_timeout`, and counts until the answer. `DELAY` is a warning |
@@ -56,6 +56,8 @@ answers and is not offered is a refusal, with its reason in the index; what woul
 | `sequence_batching`, `ensemble_scheduling`, `batch_input`, `batch_output`, `model_transaction_policy.decoupled`, `model_repository_agents` | refused |
 "#;
 
+/// The `max_batch_size` of a model that takes any number of rows, as the server itself says it.
+const ANY_ROWS: i32 = i32::MAX;
 /// How often one warm-up may run.
 const MAX_WARM_UP_RUNS: i64 = 1000;
 /// Longest default timeout: a day.
@@ -321,15 +323,18 @@ impl Reader {
     }
 
     fn scheduling(&mut self, written: &proto::ModelConfig) -> (BatchingConfig, Queue) {
-        let max_batch_size = self.count("max_batch_size", i64::from(written.max_batch_size), MAX_ROWS);
+        let max_batch_size = match written.max_batch_size {
+            ANY_ROWS => None,
+            most => self.count("max_batch_size", i64::from(most), MAX_ROWS),
+        };
         // Triton completes a file that says nothing of tensors and rows from the model, and so does the server.
-        let completed = max_batch_size.is_none() && written.input.is_empty() && written.output.is_empty();
+        let completed = !self.rows && written.input.is_empty() && written.output.is_empty();
         let alone = BatchingConfig { enabled: Some(false), max_batch_size, ..BatchingConfig::default() };
         match &written.scheduling_choice {
             None if completed => (BatchingConfig::default(), Queue::default()),
             None => (alone, Queue::default()),
             Some(SchedulingChoice::DynamicBatching(batching)) => {
-                if max_batch_size.is_none() && !completed {
+                if !self.rows && !completed {
                     self.refuse("dynamic_batching", "it without `max_batch_size`", "`max_batch_size` of 1 or more");
                 }
                 self.dynamic_batching(batching, max_batch_size)
@@ -708,6 +713,9 @@ mod tests {
         assert_eq!(batching("max_batch_size: 8"), (Some(false), None, Some(8)));
         assert_eq!(batching("max_batch_size: 8 dynamic_batching {}"), (Some(true), Some(8), Some(8)));
         assert_eq!(batching("dynamic_batching {}"), (Some(true), None, None));
+        let any = "max_batch_size: 2147483647 dynamic_batching { preferred_batch_size: 32 }";
+        assert_eq!(batching(&format!("{any} {input}")), (Some(true), Some(32), None));
+        assert_eq!(config(&format!("{any} {input}")).inputs["x"].shape, Some(vec![-1, 2]));
         assert_eq!(config(input).inputs["x"].shape, Some(vec![2]));
         let versions = |policy: &str| config(&format!("version_policy {{ {policy} }}")).versions;
         assert_eq!(versions("all {}"), VersionPolicy::All);

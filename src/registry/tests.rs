@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::loader::CompareGoldens;
 use super::probe::Probe;
-use super::{Config, Engines, Registry, Status, Version, report};
+use super::{AtStart, Config, Control, Done, Engines, Registry, Status, Version, report};
 use crate::backend::fake::{self, Fake};
 use crate::backend::{Artifact, Backend, Instance, LoadError, LoadOptions, Model, RunError};
 use crate::error::Kind;
@@ -583,4 +583,247 @@ fn a_root_without_models_is_an_error() {
     setup.write("m/README.md", "");
     let refused = Registry::start_with(setup.config(), setup.engines(), 2, Gate::new(2), Arc::clone(&setup.monitor));
     assert!(refused.err().unwrap().to_string().contains("holds no model"));
+}
+
+/// A registry that serves what it is asked for; looked at only by hand.
+fn explicit(setup: &Setup, at_start: &[&str]) -> Arc<Registry> {
+    let at_start = AtStart::Named(at_start.iter().map(|name| name.to_string()).collect());
+    let control = Control::Explicit { at_start, interval: Duration::from_secs(3600) };
+    setup.start_with(Config { control, ..setup.config() }, setup.engines())
+}
+
+/// Waits for what becomes of a request.
+fn told(ask: impl FnOnce(Done) -> crate::error::Result<()>) -> crate::error::Result<()> {
+    let (tell, told) = std::sync::mpsc::channel();
+    ask(Box::new(move |outcome| tell.send(outcome).unwrap()))?;
+    told.recv_timeout(Duration::from_secs(60)).expect("an answer")
+}
+
+fn load(registry: &Registry, model: &str) -> Result<(), String> {
+    told(|done| registry.load(model, None, done)).map_err(|error| error.to_string())
+}
+
+fn load_with(registry: &Registry, model: &str, config: &str) -> Result<(), String> {
+    told(|done| registry.load(model, Some(config.into()), done)).map_err(|error| error.to_string())
+}
+
+fn unload(registry: &Registry, model: &str) {
+    told(|done| registry.unload(model, done)).unwrap();
+}
+
+fn idle(registry: &Registry) -> Vec<String> {
+    registry.table().idle().iter().map(|model| model.to_string()).collect()
+}
+
+#[test]
+fn what_is_asked_for_is_served_and_nothing_else() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "a/1/model.onnx").copy(SENTINEL, "b/1/model.onnx").copy(LOGITS, "b/2/model.onnx");
+    let registry = explicit(&setup, &["a"]);
+    assert_eq!((index(&registry), idle(&registry)), (vec!["a/1 Ready".into()], vec!["b".into()]));
+    let first = choose(&registry, "a", None).unwrap();
+    setup.copy(LOGITS, "a/2/model.onnx").copy(SENTINEL, "c/1/model.onnx");
+    settle(&registry);
+    assert_eq!((index(&registry), idle(&registry)), (vec!["a/1 Ready".into()], vec!["b".into(), "c".into()]));
+    assert_eq!(load(&registry, "b"), Ok(()));
+    assert_eq!(index(&registry), ["a/1 Ready", "b/1 Ready", "b/2 Ready"]);
+    assert_eq!(load(&registry, "a"), Ok(()));
+    assert_eq!(index(&registry)[..2], ["a/1 Ready", "a/2 Ready"]);
+    assert!(Arc::ptr_eq(&first, &choose(&registry, "a", Some(1)).unwrap()), "what did not change is not loaded again");
+    assert_eq!(load(&registry, "x"), Err("failed to load 'x', failed to poll from model repository".into()));
+    assert!(registry.all_ready() && idle(&registry) == ["c"]);
+    stop(&registry);
+}
+
+#[test]
+fn what_is_unloaded_is_no_longer_chosen_and_answers_whoever_chose_it() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx").copy(LOGITS, "m/2/model.onnx").write("m/3/model.onnx", "broken");
+    let registry = explicit(&setup, &["m"]);
+    let chosen = choose(&registry, "m", Some(1)).unwrap();
+    unload(&registry, "m");
+    let refused = choose(&registry, "m", None).err().unwrap();
+    assert_eq!(refused.message(), "Request for unknown model: 'm' has no available versions");
+    assert_eq!((refused.kind(), &*index(&registry)[0]), (Kind::NotFound, "m/1 Draining"));
+    assert!(submit(&chosen, 8).is_ok());
+    drop(chosen);
+    await_that(&registry, "the end", || index(&registry) == ["m/1 Unloaded unloaded", "m/2 Unloaded unloaded"]);
+    assert_eq!(setup.cached(), 0);
+    // Nobody need know whether it is served, or there.
+    unload(&registry, "m");
+    unload(&registry, "nothing");
+    fs::remove_dir_all(setup.path("m/3")).unwrap();
+    assert_eq!(load(&registry, "m"), Ok(()));
+    assert_eq!(index(&registry), ["m/1 Ready", "m/2 Ready"]);
+    unload(&registry, "m");
+    fs::remove_dir_all(setup.path("m")).unwrap();
+    await_that(&registry, "the end of its name", || index(&registry).is_empty() && idle(&registry).is_empty());
+    stop(&registry);
+}
+
+#[test]
+fn a_load_that_fails_takes_nothing_away_and_is_tried_again_when_asked() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx").write("bad/1/model.onnx", "broken").write("none/1/model.onnx", "x");
+    setup.write("none/model.toml", "versions = [7]");
+    let registry = explicit(&setup, &["m"]);
+    let first = choose(&registry, "m", None).unwrap();
+    for failures in [1, 2] {
+        let error = load(&registry, "bad").unwrap_err();
+        let start = "load failed for model 'bad': version 1 is at UNAVAILABLE state: not an ONNX model";
+        assert!(error.starts_with(start) && error.ends_with(';'), "{error}");
+        assert_eq!(setup.failures(), failures, "tried again each time, and only then");
+        settle(&registry);
+    }
+    setup.write("m/1/model.onnx", "broken");
+    let error = load(&registry, "m").unwrap_err();
+    assert!(error.contains("version 1 is at READY state: still serving the files before"), "{error}");
+    // Whatever leaves with a load leaves when it has succeeded.
+    fs::remove_dir_all(setup.path("m/1")).unwrap();
+    setup.write("m/2/model.onnx", "broken");
+    let error = load(&registry, "m").unwrap_err();
+    assert!(error.starts_with("load failed for model 'm': version 2 is at UNAVAILABLE state: "), "{error}");
+    assert!(Arc::ptr_eq(&first, &choose(&registry, "m", None).unwrap()));
+    drop(first);
+    setup.copy(LOGITS, "m/2/model.onnx");
+    assert_eq!(load(&registry, "m"), Ok(()));
+    assert_eq!(registry.table().ready_versions("m"), [VersionId::new(2).unwrap()]);
+    assert_eq!(load(&registry, "none"), Err("failed to load 'none', no version is available".into()));
+    stop(&registry);
+}
+
+#[test]
+fn settings_given_with_a_load_hold_until_the_next() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx").copy(LOGITS, "m/2/model.onnx");
+    setup.write("m/model.toml", "batching = { max_batch_size = 7 }");
+    let registry = explicit(&setup, &["m"]);
+    let served = || {
+        let versions = registry.table().ready_versions("m");
+        let version = choose(&registry, "m", None).unwrap();
+        (versions.len(), version.batching().max_batch_size)
+    };
+    assert_eq!(served(), (2, Some(7)));
+    assert_eq!(load_with(&registry, "m", r#"{"name": "m", "max_batch_size": 4}"#), Ok(()));
+    assert_eq!(served(), (1, Some(4)), "the file's settings do not count: the latest version is Triton's policy");
+    for config in ["{", r#"{"name": "n"}"#, r#"{"backend": "python"}"#] {
+        let error = load_with(&registry, "m", config).unwrap_err();
+        assert!(error.starts_with("parameter `config`: "), "{error}");
+    }
+    let error = load_with(&registry, "m", r#"{"input": [{"name": "x", "data_type": "TYPE_INT8"}]}"#).unwrap_err();
+    assert!(error.contains("which failed: parameter `config`: input `x`"), "{error}");
+    assert_eq!(served(), (1, Some(4)));
+    assert_eq!(load(&registry, "m"), Ok(()));
+    assert_eq!(served(), (2, Some(7)));
+    stop(&registry);
+}
+
+#[test]
+fn requests_to_load_wait_in_a_bounded_line_and_each_is_answered() {
+    let gate = fake::Gate::new();
+    let setup = Setup::new(echo().gated(&gate));
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    let registry = explicit(&setup, &[]);
+    let (tell, answers) = std::sync::mpsc::channel();
+    let ask = || {
+        let tell = tell.clone();
+        registry.load("m", None, Box::new(move |outcome| tell.send(outcome).unwrap()))
+    };
+    ask().unwrap();
+    gate.wait_for(1);
+    assert!(matches!(&index(&registry)[..], [line] if line == "m/1 Loading" || line == "m/1 Warming"));
+    assert!(idle(&registry).is_empty());
+    let mut asked = 1;
+    let refused = loop {
+        match ask() {
+            Ok(()) => asked += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!((asked, refused.kind()), (64, Kind::Overloaded));
+    gate.open();
+    for _ in 0..asked {
+        assert_eq!(answers.recv_timeout(Duration::from_secs(60)).unwrap(), Ok(()));
+    }
+    assert!(ask().is_ok(), "there is room again");
+    assert_eq!(answers.recv_timeout(Duration::from_secs(60)).unwrap(), Ok(()));
+    stop(&registry);
+}
+
+#[test]
+fn loads_and_unloads_of_one_model_come_one_after_the_other() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    let registry = explicit(&setup, &[]);
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let registry = &registry;
+            scope.spawn(move || {
+                for turn in 0..16 {
+                    if (thread + turn) % 2 == 0 {
+                        assert_eq!(load(registry, "m"), Ok(()));
+                    } else {
+                        unload(registry, "m");
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(load(&registry, "m"), Ok(()));
+    await_that(&registry, "rest", || index(&registry) == ["m/1 Ready"] && setup.cached() == 1);
+    stop(&registry);
+}
+
+#[test]
+fn a_stopped_registry_answers_nobody_and_holds_nobody_up() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    let registry = explicit(&setup, &[]);
+    stop(&registry);
+    let (tell, told) = std::sync::mpsc::channel();
+    // Refused, or dropped unanswered, depending on how far the stop has come.
+    let _ = registry.load("m", None, Box::new(move |outcome| tell.send(outcome).unwrap()));
+    drop(registry);
+    assert!(told.recv_timeout(Duration::from_secs(60)).is_err());
+}
+
+#[test]
+fn models_to_load_at_start_must_be_there() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "digits/1/model.onnx").copy(SENTINEL, "wine/1/model.onnx");
+    let start = |at_start| {
+        let control = Control::Explicit { at_start, interval: Duration::from_secs(3600) };
+        let (config, monitor) = (Config { control, ..setup.config() }, Arc::clone(&setup.monitor));
+        Registry::start_with(config, setup.engines(), 2, Gate::new(2), monitor)
+    };
+    let error = start(AtStart::Named(["digit".into(), "wine".into()].into())).err().unwrap().to_string();
+    assert!(error.contains("no model `digit` to load at start, expected `digits`, perhaps"), "{error}");
+    let all = start(AtStart::All).unwrap();
+    all.wait_loaded();
+    assert_eq!(index(&all), ["digits/1 Ready", "wine/1 Ready"]);
+    setup.copy(SENTINEL, "later/1/model.onnx");
+    settle(&all);
+    assert_eq!((index(&all).len(), idle(&all)), (2, vec!["later".into()]), "all that were there");
+    stop(&all);
+    for model in ["digits", "wine", "later"] {
+        fs::remove_dir_all(setup.path(model)).unwrap();
+    }
+    let empty = start(AtStart::Named([].into())).unwrap();
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    assert_eq!(load(&empty, "m"), Ok(()), "models may come later");
+    stop(&empty);
+}
+
+#[test]
+fn what_the_folder_decides_is_not_asked_for() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    for control in [Control::None, Control::Poll(Duration::from_secs(3600))] {
+        let registry = setup.start_with(Config { control, ..setup.config() }, setup.engines());
+        let refused = registry.load("m", None, Box::new(|_| unreachable!())).unwrap_err();
+        let text = "explicit model load / unload is not allowed if polling is enabled";
+        assert_eq!((refused.kind(), refused.message()), (Kind::NotReady, text));
+        assert!(registry.unload("m", Box::new(|_| unreachable!())).is_err() && registry.all_ready());
+        stop(&registry);
+    }
 }

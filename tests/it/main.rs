@@ -6,6 +6,7 @@ mod admission;
 mod agreement;
 mod batching;
 mod cli;
+mod control;
 mod deadlines;
 mod edges;
 mod faults;
