@@ -92,8 +92,14 @@ mod tests {
         (Engine::new(registry, monitor, BudgetConfig::default(), load_timeout, phases, cpu), phase)
     }
 
-    fn state(engine: &Engine) -> &'static str {
-        engine.index()[0].state
+    /// Looks until the model's state is that.
+    async fn becomes(engine: &Engine, state: &str) {
+        let look = async {
+            while engine.index()[0].state != state {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), look).await.expect(state);
     }
 
     #[tokio::test]
@@ -102,9 +108,7 @@ mod tests {
         let (engine, _phase) = engine(&held, Duration::from_millis(1));
         assert_eq!(engine.load("model", None).await.unwrap_err().kind(), Kind::DeadlineExceeded);
         held.open();
-        while state(&engine) != "READY" {
-            tokio::task::yield_now().await;
-        }
+        becomes(&engine, "READY").await;
     }
 
     #[tokio::test]
@@ -112,9 +116,7 @@ mod tests {
         let held = Held::new();
         let (engine, phase) = engine(&held, Duration::MAX);
         let stop = async {
-            while state(&engine) != "LOADING" {
-                tokio::task::yield_now().await;
-            }
+            becomes(&engine, "LOADING").await;
             phase.send_replace(Phase::LameDuck);
         };
         let (loaded, ()) = tokio::join!(engine.load("model", None), stop);

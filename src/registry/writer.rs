@@ -203,7 +203,9 @@ impl Writer {
             }
         }
         self.watch.adopt(model, scan);
-        self.asked.get_or_insert_default().insert(Arc::clone(model));
+        if let Some(asked) = &mut self.asked {
+            asked.insert(Arc::clone(model));
+        }
         self.beside.unloaded.retain(|key| key.model != *model);
         self.name_models();
     }

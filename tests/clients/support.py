@@ -48,8 +48,8 @@ def environment(engine=ENGINE):
 class Server:
     """One `tidegate serve` on ports of its own choosing, read from its log line `ready`."""
 
-    def __init__(self, registry, engine=ENGINE):
-        command = [BINARY, "serve", "--registry", registry, "--host", "127.0.0.1", "--log-format", "json"]
+    def __init__(self, registry, *flags, engine=ENGINE):
+        command = [BINARY, "serve", "--registry", registry, "--host", "127.0.0.1", "--log-format", "json", *flags]
         for port in ("http", "grpc", "metrics", "admin"):
             command += [f"--{port}-port", "0"]
         self.lines = collections.deque(maxlen=KEPT_LINES)
@@ -72,7 +72,7 @@ class Server:
             self.process.wait()
             raise RuntimeError("the server did not become ready:\n" + "".join(self.lines))
         self.http, self.grpc = self.ready["http"], self.ready["grpc"]
-        self.metrics = self.ready["metrics"]
+        self.metrics, self.admin = self.ready["metrics"], self.ready["admin"]
         self.url = f"http://{self.http}"
 
     def read(self):

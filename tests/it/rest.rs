@@ -152,11 +152,6 @@ fn the_index_lists_versions_and_reasons() {
     for body in ["[]", r#"{"ready":1}"#, "{", "null"] {
         assert_eq!(index(body).status, 400, "{body}");
     }
-    for what in ["load", "unload"] {
-        let reply = server.post(&format!("/v2/repository/models/identity_fp32/{what}"), "");
-        assert_eq!(reply.status, 403);
-        assert!(reply.error().starts_with("explicit model load / unload is not allowed"), "{}", reply.error());
-    }
     assert_eq!(server.get("/v2/models/corrupt/ready").status, 404);
     assert_eq!(server.get("/v2/models").json(), json!({"models": ["identity_fp32"]}));
 }
