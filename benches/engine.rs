@@ -1,6 +1,7 @@
 //! What the server adds to a run: the whole path on an engine that answers at once, beside the bare run.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use criterion::{Criterion, Throughput};
 use tidegate::backend::fake::Fake;

@@ -1,7 +1,7 @@
 //! The models on disk, and which of their versions serve.
 //!
-//! Owns discovery, the private copies, loading, the decision to batch, and the table that requests choose from. Knows
-//! nothing of protocols or requests beyond a model's name; runs no request itself.
+//! Owns discovery, the requests to load and unload, private copies, loading, the decision to batch, and the table that
+//! requests choose from. Knows nothing of protocols or requests beyond a model's name; runs no request itself.
 //!
 //! Invariants: the table has one writer and is replaced whole; a request sees one table. A version is published when
 //! it is warm, and closed only after it was unpublished and its last request has gone. A version fails alone.
