@@ -232,7 +232,7 @@ def run(engine, bless):
     failures = failures_in_process(carried)
     folder = registry(found)
     begun = time.monotonic()
-    server = Server(folder, engine)
+    server = Server(folder, engine=engine)
     ready = time.monotonic() - begun
     try:
         worked = cpu_seconds(server)
