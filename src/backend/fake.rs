@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Artifact, Backend, Batch, Instance, LoadError, LoadOptions, Model, RunError};
+use super::{Artifact, Backend, Batch, Device, Instance, LoadError, LoadOptions, Model, RunError};
 use crate::tensor::{DataType, Dim, OutputKind, Shape, Signature, Tensor, TensorSpec};
 
 /// Runs that are logged; later ones are counted only.
@@ -28,6 +28,8 @@ pub struct RunRecord {
     pub rows: usize,
     /// Counts the instances from 0 in the order in which they were made.
     pub instance: usize,
+    /// What the model was loaded for.
+    pub device: Device,
 }
 
 /// What happens to a run that holds a poisonous value.
@@ -53,6 +55,8 @@ pub struct Fake {
     poison: Vec<(f32, Poison)>,
     busy: Option<(Busy, Duration)>,
     rows: fn(usize) -> usize,
+    gpus: u32,
+    device: Device,
     state: Arc<State>,
 }
 
@@ -76,6 +80,8 @@ impl Fake {
             poison: Vec::new(),
             busy: None,
             rows: |rows| rows,
+            gpus: 0,
+            device: Device::Cpu,
             state: Arc::default(),
         }
     }
@@ -88,6 +94,12 @@ impl Fake {
             dims: Some(vec![Dim::Free(Some("batch".into())), Dim::Fixed(width)]),
         };
         Fake::new(Signature { inputs: vec![spec("x")], outputs: vec![spec("y")] })
+    }
+
+    /// Loads for that many GPUs, too. None otherwise.
+    pub fn with_gpus(mut self, gpus: u32) -> Fake {
+        self.gpus = gpus;
+        self
     }
 
     /// Computes the outputs from the joined inputs.
@@ -205,8 +217,13 @@ impl Backend for Fake {
     }
 
     /// Gives the file's own signature this fake's behaviour, log and gate.
-    fn load(&self, artifact: &Artifact, _options: &LoadOptions) -> Result<Arc<dyn Model>, LoadError> {
-        let mut fake = self.clone();
+    fn load(&self, artifact: &Artifact, options: &LoadOptions) -> Result<Arc<dyn Model>, LoadError> {
+        let (mut fake, device) = (self.clone(), options.device);
+        if matches!(device, Device::Cuda(id) if id >= self.gpus) {
+            let message = format!("device `{device}` cannot be used: the fake engine has {} GPUs", self.gpus);
+            return Err(LoadError::Unavailable(message));
+        }
+        fake.device = device;
         fake.signature = Arc::new(artifact.description.signature().clone());
         fake.kinds = artifact.description.output_kinds().into();
         Ok(Arc::new(fake))
@@ -253,7 +270,7 @@ impl Instance for FakeInstance {
         {
             let mut log = lock(&state.log);
             if log.len() < LOG_LIMIT {
-                log.push(RunRecord { rows, instance: self.number });
+                log.push(RunRecord { rows, instance: self.number, device: self.fake.device });
             }
         }
         let _running = Running::begin(state);
@@ -420,7 +437,8 @@ mod tests {
         let outputs = run(&mut instance, &[&a, &b]).unwrap();
         assert_eq!(outputs[0].to_vec::<f32>().unwrap(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         run(&mut fake.instance().unwrap(), &[&a]).unwrap();
-        assert_eq!(fake.log(), [RunRecord { rows: 3, instance: 0 }, RunRecord { rows: 1, instance: 1 }]);
+        let run = |rows, instance| RunRecord { rows, instance, device: Device::Cpu };
+        assert_eq!(fake.log(), [run(3, 0), run(1, 1)]);
         assert_eq!((fake.started(), fake.instances(), fake.peak_concurrency()), (2, 2, 1));
     }
 

@@ -1,5 +1,5 @@
 //! Inference engines behind three traits, split by ownership: [`Backend`] is process-wide, [`Model`] is one immutable
-//! loaded version, [`Instance`] is what one worker thread runs.
+//! version loaded for one device, [`Instance`] is what one worker thread runs.
 //!
 //! Knows nothing of requests, protocols, metrics or async runtimes: tensors in, tensors out. Each engine's crate is
 //! named in that engine's folder only; `onnx` and `safetensors` read model files without any engine.
@@ -11,6 +11,7 @@ mod batch;
 #[cfg(feature = "candle")]
 pub mod candle;
 pub mod fake;
+pub mod gpus;
 pub mod onnx;
 pub mod onnxruntime;
 mod panics;
@@ -98,7 +99,7 @@ impl Description {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Device {
     #[default]
     Cpu,
@@ -134,7 +135,7 @@ pub trait Backend: Send + Sync {
     fn load(&self, artifact: &Artifact, options: &LoadOptions) -> Result<Arc<dyn Model>, LoadError>;
 }
 
-/// One loaded version: immutable, shared by its instances.
+/// One version loaded for one device: immutable, shared by its instances.
 pub trait Model: Send + Sync {
     /// Inputs and outputs in the order in which [`Instance::run`] takes and gives them.
     fn signature(&self) -> &Signature;
@@ -167,7 +168,7 @@ pub enum LoadError {
     /// The engine refuses or fails on this model, or is known to compute it wrongly.
     #[error("{engine}: {message}")]
     Engine { engine: &'static str, message: String },
-    /// The engine or the device is not there; the message says what to install or build.
+    /// The engine or the device is not there or full; the message says what to install, build or set.
     #[error("{0}")]
     Unavailable(String),
 }

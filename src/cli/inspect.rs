@@ -49,14 +49,14 @@ fn loaded(facts: &Facts) -> String {
         };
         lines.push(("output", format!("{}  ({meaning})", tensor(spec))));
     }
-    let backend = format!("{} {} on {}", facts.backend, facts.backend_version, facts.device);
+    let backend = format!("{} {} on {}", facts.backend, facts.backend_version, facts.device());
     lines.push(("engine", format!("{backend}: {}", facts.backend_reason)));
     let batching =
         if facts.batching.enabled { format!("on, up to {} rows", facts.preferred_rows) } else { "off".into() };
     lines.push(("batching", format!("{batching}: {}", facts.batching.reason)));
     let ragged = if facts.ragged.plan.is_some() { "on" } else { "off" };
     lines.push(("ragged", format!("{ragged}: {}", facts.ragged.reason)));
-    lines.push(("threads", facts.threads.to_string()));
+    lines.push(("threads", facts.threads()));
     lines.push(("producer", facts.producer.clone()));
     lines.push(("digest", facts.digest.to_string()));
     lines.push(("loaded in", format!("{:.0} ms", facts.load_time.as_secs_f64() * 1e3)));

@@ -31,9 +31,8 @@ pub struct Setup {
     pub platform: &'static str,
     /// `onnxruntime`, `tract`.
     pub backend: &'static str,
-    pub device: Device,
-    /// At most.
-    pub instances: usize,
+    /// Devices with the most instances on each.
+    pub instances: Vec<(Device, usize)>,
     pub signature: Arc<Signature>,
     /// The file that names an output's classes, for each output of the signature.
     pub labels: Vec<Option<String>>,
@@ -170,8 +169,7 @@ fn setup(version: &Version) -> Setup {
         name: Arc::clone(version.name()),
         platform: version.platform(),
         backend: facts.backend,
-        device: facts.device,
-        instances: scheduling.instances,
+        instances: facts.devices.iter().map(|(device, plan)| (*device, plan.instances)).collect(),
         signature: Arc::clone(version.signature()),
         labels: facts.outputs.iter().map(|output| facts.labels_file(output).map(str::to_string)).collect(),
         versions: facts.config.versions.clone(),

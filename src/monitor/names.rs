@@ -152,7 +152,7 @@ table! {
     Models {
         MODEL_INFO = Shape::Gauge, "tidegate_model_info", "1",
             ["model", "version", "digest", "backend", "backend_version", "device", "batching"],
-            "1 for each loaded version: the artifact's digest, the engine that runs it, whether requests are batched.";
+            "1 for each loaded version: the artifact's digest, the engine that runs it and on which devices, whether requests are batched.";
         MODEL_READY = Shape::Gauge, "tidegate_model_ready", "1", ["model", "version"],
             "1 while a version takes requests, 0 while it loads or drains.";
         MODEL_LOAD = Shape::Gauge, "tidegate_model_load_seconds", "seconds", ["model", "version"],

@@ -26,7 +26,7 @@ pub(super) fn config(setup: Setup) -> proto::ModelConfig {
         max_batch_size: int32(max_batch_size),
         input: setup.signature.inputs.iter().map(|spec| input(spec, batched)).collect(),
         output: outputs.map(|(spec, labels)| output(spec, labels.as_deref(), batched)).collect(),
-        instance_group: vec![instance_group(&setup)],
+        instance_group: instance_groups(&setup),
         scheduling_choice: setup.sharing.as_ref().map(dynamic_batching),
         model_transaction_policy: Some(proto::ModelTransactionPolicy { decoupled: false }),
         response_cache: Some(proto::ModelResponseCache { enable: false }),
@@ -101,18 +101,22 @@ fn version_policy(versions: &VersionPolicy) -> proto::ModelVersionPolicy {
     proto::ModelVersionPolicy { policy_choice: Some(choice) }
 }
 
-fn instance_group(setup: &Setup) -> proto::ModelInstanceGroup {
-    let (kind, gpus) = match setup.device {
-        Device::Cpu => (Kind::Cpu, Vec::new()),
-        Device::Cuda(id) => (Kind::Gpu, vec![i32::try_from(id).unwrap_or(i32::MAX)]),
+/// One for each device.
+fn instance_groups(setup: &Setup) -> Vec<proto::ModelInstanceGroup> {
+    let group = |(number, (device, count)): (usize, &(Device, usize))| {
+        let (kind, gpus) = match device {
+            Device::Cpu => (Kind::Cpu, Vec::new()),
+            Device::Cuda(id) => (Kind::Gpu, vec![i32::try_from(*id).unwrap_or(i32::MAX)]),
+        };
+        proto::ModelInstanceGroup {
+            name: format!("{}_{number}", setup.name),
+            kind: kind.into(),
+            count: int32(*count),
+            gpus,
+            ..Default::default()
+        }
     };
-    proto::ModelInstanceGroup {
-        name: format!("{}_0", setup.name),
-        kind: kind.into(),
-        count: int32(setup.instances),
-        gpus,
-        ..Default::default()
-    }
+    setup.instances.iter().enumerate().map(group).collect()
 }
 
 fn dynamic_batching(sharing: &Sharing) -> SchedulingChoice {
@@ -214,12 +218,11 @@ mod tests {
     #[test]
     fn devices_and_bounds_are_said_as_they_are() {
         let signature = Signature { inputs: vec![spec(None)], outputs: vec![spec(None)] };
-        let setup = |max_batch_size, device| Setup {
+        let setup = |max_batch_size, devices: &[Device]| Setup {
             name: "m".into(),
             platform: "onnxruntime_onnx",
             backend: "onnxruntime",
-            device,
-            instances: 3,
+            instances: devices.iter().map(|device| (*device, 3)).collect(),
             signature: Arc::new(signature.clone()),
             labels: vec![None],
             versions: VersionPolicy::All,
@@ -227,15 +230,16 @@ mod tests {
             max_batch_size,
             sharing: None,
         };
-        let bounded = config(setup(Some(7), Device::Cuda(1)));
-        let group = &bounded.instance_group[0];
-        assert_eq!((bounded.max_batch_size, group.kind(), &group.gpus[..], group.count), (7, Kind::Gpu, &[1][..], 3));
+        let bounded = config(setup(Some(7), &[Device::Cuda(1), Device::Cpu]));
+        let [gpu, cpu] = &bounded.instance_group[..] else { panic!("{:?}", bounded.instance_group) };
+        assert_eq!((bounded.max_batch_size, gpu.kind(), &gpu.gpus[..], gpu.count), (7, Kind::Gpu, &[1][..], 3));
+        assert_eq!((cpu.kind(), cpu.gpus.len(), gpu.name.as_str(), cpu.name.as_str()), (Kind::Cpu, 0, "m_0", "m_1"));
         assert!(bounded.scheduling_choice.is_none(), "one whose batching was switched off still takes rows");
-        assert_eq!(config(setup(None, Device::Cpu)).max_batch_size, i32::MAX);
+        assert_eq!(config(setup(None, &[Device::Cpu])).max_batch_size, i32::MAX);
         // Declared for a version that does not batch: as long as the outputs have rows, too.
         let alone = |max_batch_size, output| {
             let signature = Arc::new(Signature { inputs: vec![spec(None)], outputs: vec![spec(output)] });
-            config(Setup { signature, batching: false, ..setup(max_batch_size, Device::Cpu) })
+            config(Setup { signature, batching: false, ..setup(max_batch_size, &[Device::Cpu]) })
         };
         let rows = || Some(vec![Dim::Free(None), Dim::Fixed(2)]);
         let declared = alone(Some(4), rows());

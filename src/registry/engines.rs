@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::source::Format;
-use crate::backend::Backend;
 use crate::backend::onnxruntime::OnnxRuntime;
+use crate::backend::{Backend, gpus};
 
 /// Where to look for engines. Paths come from the configuration and the environment, read elsewhere.
 #[derive(Clone, Debug, Default)]
@@ -65,6 +65,8 @@ pub struct Engines {
     pub details: String,
     /// A library was found, or named, and cannot be used.
     pub broken: bool,
+    /// How many GPUs the machine has, or why that is not known.
+    pub gpus: fn() -> Result<u32, String>,
 }
 
 /// What the log says of the engine that models get.
@@ -92,6 +94,7 @@ impl Engines {
             onnxruntime_reason: String::new(),
             details: String::new(),
             broken: false,
+            gpus: gpus::count,
         };
         if config.choice == BackendChoice::Tract {
             engines.onnxruntime_reason = "switched off by the configuration".into();
@@ -237,6 +240,7 @@ mod tests {
             onnxruntime_reason: "no library".into(),
             details: String::new(),
             broken: false,
+            gpus: || Ok(0),
         }
     }
 

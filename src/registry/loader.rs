@@ -16,15 +16,16 @@ use super::engines::{Chosen, Engines};
 use super::golden::{self, Goldens};
 use super::invent::{self, Random, Recipe};
 use super::model_config::{ModelConfig, WarmUp};
+use super::placement::{Placed, Placement, Site};
 use super::probe::Probe;
 use super::selftest::{self, BatchDecision};
 use super::source::{Discovered, Format, GOLDEN_FILE, MODEL_FILE, read_beside};
 use super::version::{Facts, OutputInfo, Version};
 use super::{declared, ragged, view, warmup};
 use crate::backend::safetensors::{self, Declared};
-use crate::backend::{Artifact, Description, Instance, LoadError, LoadOptions, Model, onnx};
+use crate::backend::{Artifact, Description, Device, LoadError, Model, onnx};
 use crate::monitor::{Monitor, MonitoredOutput};
-use crate::scheduler::{self, DEFAULT_PREFERRED_ROWS, Gate, Scheduler, ThreadPlan, Wish};
+use crate::scheduler::{self, DEFAULT_PREFERRED_ROWS, Gate, Group, Scheduler};
 use crate::tensor::{Dim, OutputKind, Signature, Tensor, TensorSpec};
 
 /// Longest file of class names, in bytes, and the most names in it.
@@ -92,8 +93,7 @@ pub struct Loaded {
     pub facts: Facts,
     /// Golden cases that agreed; `None` where they were not compared.
     pub goldens: Option<usize>,
-    model: Arc<dyn Model>,
-    instance: Box<dyn Instance>,
+    groups: Vec<Group>,
     cached: Cached,
 }
 
@@ -101,8 +101,7 @@ pub struct Loaded {
 struct Made {
     facts: Facts,
     goldens: Option<usize>,
-    model: Arc<dyn Model>,
-    instance: Box<dyn Instance>,
+    groups: Vec<Group>,
 }
 
 /// Whether golden cases are compared where `model.toml` does not ask for it.
@@ -186,7 +185,7 @@ impl Loader {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.make(found, &staged, compare, warming)));
         let Staged { cached, .. } = staged;
         match outcome.unwrap_or(Err(Failure::Panicked)) {
-            Ok(Made { facts, goldens, model, instance }) => Ok(Loaded { facts, goldens, model, instance, cached }),
+            Ok(Made { facts, goldens, groups }) => Ok(Loaded { facts, goldens, groups, cached }),
             Err(failure) => {
                 self.cache.release(cached);
                 Err(failure)
@@ -196,7 +195,7 @@ impl Loader {
 
     /// Makes the scheduler: from here on the version can answer.
     pub fn serve(&self, loaded: Loaded, monitor: &Arc<Monitor>) -> Version {
-        let Loaded { facts, model, instance, cached, .. } = loaded;
+        let Loaded { facts, groups, cached, .. } = loaded;
         let outputs = facts.outputs.iter().map(|output| MonitoredOutput {
             name: Arc::clone(&output.name),
             kind: output.kind,
@@ -205,7 +204,7 @@ impl Loader {
         let monitor = monitor.version(Arc::clone(&facts.name), facts.id, outputs.collect());
         let name = format!("{}/{}", facts.name, facts.id);
         let config = scheduling(&facts);
-        let scheduler = Scheduler::new(name, model, instance, config, Arc::clone(&self.gate), Arc::clone(&monitor));
+        let scheduler = Scheduler::new(name, groups, config, Arc::clone(&self.gate), Arc::clone(&monitor));
         Version { facts, scheduler, monitor, cached }
     }
 
@@ -214,8 +213,8 @@ impl Loader {
     }
 
     pub fn discard(&self, loaded: Loaded) {
-        let Loaded { model, instance, cached, .. } = loaded;
-        drop((instance, model));
+        let Loaded { groups, cached, .. } = loaded;
+        drop(groups);
         self.cache.release(cached);
     }
 
@@ -231,48 +230,58 @@ impl Loader {
             .engines
             .choose(config.backend, found.format())
             .map_err(|reason| Failure::Model(LoadError::Unavailable(reason)))?;
-        let mut wish = Wish {
-            instances: config.instances,
-            threads: config.threads,
-            weights_bytes: staged.cached.bytes,
-            instances_share_weights: false,
-        };
-        let options = LoadOptions { device: config.device, threads: ThreadPlan::new(self.cores, &wish).threads };
         let path = match found.format() {
             Format::Onnx => staged.cached.model.clone(),
             Format::Safetensors => staged.cached.folder.clone(),
         };
         let artifact = Artifact { path, description: Arc::clone(&staged.description) };
-        let model = backend.load(&artifact, &options)?;
+        let site = Site {
+            backend: &*backend,
+            artifact: &artifact,
+            cores: self.cores,
+            gpus: self.engines.gpus,
+            weights_bytes: staged.cached.bytes,
+            threads: config.threads,
+        };
+        let Placement { mut devices, reason: device_reason, warnings: fallen_back } =
+            site.place(&config.groups, config.file.name())?;
         warming();
-        // Only a loaded model says whether its instances share; those that do have no threads of their own to plan for.
-        wish.instances_share_weights = model.instances_share_weights();
-        let threads = ThreadPlan::new(self.cores, &wish);
-        declared::check(config, model.signature()).map_err(Failure::Config)?;
-        let model = view::of(model, config);
+        for placed in &mut devices {
+            declared::check(config, placed.model.signature()).map_err(Failure::Config)?;
+            placed.model = view::of(Arc::clone(&placed.model), config);
+        }
+        let none = || Failure::Config("no device is named for its instances".into());
+        let model = Arc::clone(&devices.first().ok_or_else(none)?.model);
         let signature = Arc::new(model.signature().clone());
-        let mut warnings = [&config.warnings[..], model.warnings()].concat();
+        let mut warnings = [&config.warnings[..], &fallen_back, model.warnings()].concat();
         let outputs = outputs(&*model, &staged.settings, staged.description.labels(), &mut warnings)?;
-        let mut probe = Probe::new(model, Arc::clone(&self.gate), threads.threads)?;
+        let mut probes = self.probes(&devices, &signature)?;
         let couples = staged.description.couples_rows();
-        let batching =
-            selftest::decide(config.batching.enabled, couples, &signature, || selftest::run(&mut probe, &signature))
-                .map_err(Failure::Config)?;
-        let ragged = ragged::decide(&config.batching.ragged, batching.enabled, &signature, &mut probe)
-            .map_err(Failure::Config)?;
+        let batching = on_all(&devices, &mut probes, |probe| {
+            selftest::decide(config.batching.enabled, couples, &signature, || selftest::run(probe, &signature))
+        })
+        .map(selftest::agreed)
+        .map_err(Failure::Config)?;
+        let ragged = on_all(&devices, &mut probes, |probe| {
+            ragged::decide(&config.batching.ragged, batching.enabled, &signature, probe)
+        })
+        .map(ragged::agreed)
+        .map_err(Failure::Config)?;
         let max_batch_size = config.batching.max_batch_size;
         if let Some(why) = max_batch_size.and_then(|_| selftest::uncounted_rows(&signature)) {
             return Err(Failure::Config(format!("{} declares a `max_batch_size`, but {why}", config.file.name())));
         }
         let preferred_rows = config.batching.preferred_rows.unwrap_or(DEFAULT_PREFERRED_ROWS);
         let preferred_rows = max_batch_size.map_or(preferred_rows, |max| preferred_rows.min(max));
-        warnings.extend(warm_up(&mut probe, &signature, &batching, preferred_rows));
-        declared_warm_ups(found, config, &signature, batching.enabled, &mut probe)?;
-        let goldens = if config.goldens_on_load || compare == CompareGoldens::IfThere {
-            check_goldens(found, &mut probe)?
-        } else {
-            None
-        };
+        let mut goldens = None;
+        for probe in &mut probes {
+            let refused = warm_up(probe, &signature, &batching, preferred_rows);
+            warnings.extend(refused.filter(|warning| !warnings.contains(warning)));
+            declared_warm_ups(found, config, &signature, batching.enabled, probe)?;
+            if config.goldens_on_load || compare == CompareGoldens::IfThere {
+                goldens = check_goldens(found, probe)?;
+            }
+        }
         if config.goldens_on_load && goldens.is_none() {
             return Err(Failure::Golden("is not there".into()));
         }
@@ -284,21 +293,59 @@ impl Loader {
             backend_version: backend.version(),
             backend_reason: reason,
             config: Arc::clone(&staged.settings.config),
-            device: config.device,
+            devices: devices.iter().map(|placed| (placed.device, placed.plan)).collect(),
+            device_reason,
             signature,
             outputs,
             batching,
             ragged,
             max_batch_size,
             preferred_rows,
-            threads,
             producer: staged.description.producer().to_string(),
             load_time: staged.begun.elapsed(),
             warnings,
         };
-        let model = Arc::clone(probe.model());
-        Ok(Made { facts, goldens, model, instance: probe.into_instance()? })
+        let group = |(placed, probe): (Placed, Probe)| {
+            let (instances, cores) = (placed.plan.instances, placed.cores());
+            Ok::<_, Failure>(Group { model: placed.model, instance: probe.into_instance()?, instances, cores })
+        };
+        let groups = devices.into_iter().zip(probes).map(group).collect::<Result<_, _>>()?;
+        Ok(Made { facts, goldens, groups })
     }
+
+    /// One for each device.
+    fn probes(&self, devices: &[Placed], signature: &Signature) -> Result<Vec<Probe>, Failure> {
+        let probe = |placed: &Placed| {
+            if placed.model.signature() != signature {
+                return Err(Failure::Refused(format!("on {} the model has another signature", placed.device)));
+            }
+            let mut probe = Probe::new(Arc::clone(&placed.model), Arc::clone(&self.gate), placed.cores())?;
+            if placed.device != Device::Cpu {
+                first_run(&mut probe, signature);
+            }
+            Ok(probe)
+        };
+        devices.iter().map(probe).collect()
+    }
+}
+
+/// A GPU's kernels are loaded, or even compiled, in the first run: that can take longer than a self-test may. Whether the
+/// model takes what is invented here is for the self-test to say.
+fn first_run(probe: &mut Probe, signature: &Signature) {
+    let taken = |extent: &usize| {
+        let recipe = Recipe { extent: *extent, below: 2, scale: 1.0 };
+        invent::row(signature, recipe, 0, &mut Random(WARM_UP_SEED)).is_ok_and(|row| probe.run(&[&row]).is_ok())
+    };
+    let _ = invent::extents(signature).iter().any(taken);
+}
+
+/// What is decided on each device.
+fn on_all<T>(
+    devices: &[Placed],
+    probes: &mut [Probe],
+    mut decide: impl FnMut(&mut Probe) -> Result<T, String>,
+) -> Result<Vec<(Device, T)>, String> {
+    devices.iter().zip(probes).map(|(placed, probe)| Ok((placed.device, decide(probe)?))).collect()
 }
 
 impl Settings {
@@ -479,8 +526,6 @@ fn check_goldens(found: &Discovered, probe: &mut Probe) -> Result<Option<usize>,
 fn scheduling(facts: &Facts) -> scheduler::Config {
     let (config, defaults) = (&facts.config, scheduler::Config::default());
     scheduler::Config {
-        instances: facts.threads.instances,
-        threads: facts.threads.threads,
         batching: facts.batching.enabled,
         ragged: facts.ragged.plan.clone(),
         preferred_rows: facts.preferred_rows,

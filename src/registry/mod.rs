@@ -19,6 +19,7 @@ mod layer_config;
 mod loader;
 mod model_config;
 mod pbtxt;
+mod placement;
 mod plan;
 mod probe;
 mod ragged;

@@ -9,9 +9,9 @@ use toml::{Table, Value};
 
 use super::engines::BackendChoice;
 use super::layer_config;
+use super::placement::{Devices, InstanceGroup};
 use super::ragged::RaggedConfig;
 use super::view::interchangeable;
-use crate::backend::Device;
 use crate::backend::safetensors::encoder::{EncoderConfig, Pooling};
 use crate::backend::safetensors::layers::Sequential;
 use crate::error::quoted;
@@ -21,6 +21,7 @@ use crate::tensor::{DataType, MAX_RANK, OutputKind, Shape, wire_shape};
 use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
 
 pub(super) const MAX_INSTANCES: i64 = 256;
+pub(super) const MAX_GROUPS: usize = 64;
 pub(super) const MAX_THREADS: i64 = 1024;
 pub(super) const MAX_ROWS: i64 = 1 << 20;
 pub(super) const MAX_QUEUE_REQUESTS: i64 = 1 << 24;
@@ -28,13 +29,17 @@ pub(super) const MAX_DELAY: Duration = Duration::from_secs(60);
 pub(super) const MAX_WARM_UPS: usize = 64;
 pub(super) const RESHAPE_FORM: &str = "as many elements as the shape, and a -1 for each of its";
 
+pub(super) const DEVICE_FORM: &str = "\"cpu\", \"cuda\", \"cuda:N\", \"cuda:all\" or \"auto\"";
+pub(super) const FALLBACK_FORM: &str = "\"none\" or \"cpu\"";
+
 /// Every key, with its meaning; a part of docs/configuration.md.
 pub const REFERENCE: &str = r#"# Every key is optional; an unknown one is an error. Files lie beside model.toml.
 
 backend = "auto"            # auto: candle for safetensors; for ONNX onnxruntime where its library was found, else tract
-device = "cpu"              # cpu, cuda or cuda:N
-instances = 2               # runs at once; by default planned from the cores
-threads = 1                 # intra-op threads of one instance; by default planned from the cores
+device = "cpu"              # cpu; cuda (the GPU cuda:0) or cuda:N; cuda:all, every GPU; auto, every GPU or else the CPU
+device_fallback = "none"    # none: a model whose GPU cannot be used is not served; cpu: it runs on the CPU, with a warning
+instances = 2               # runs at once on each device; by default one on a GPU, on the CPU planned from the cores
+threads = 1                 # intra-op threads of one instance; by default one on a GPU, on the CPU planned from the cores
 labels = "labels.txt"       # class names, one a line, for every output that has classes
 warmup = ["warmup.json"]    # requests ({"inputs": [...]}) that must succeed before the version is ready
 versions = "all"            # or { latest = 2 }, the highest that load; or a list such as [1, 3]
@@ -68,6 +73,16 @@ shape = [-1, 10]            # and reshape, as above: answers have `shape`
 
 [goldens]
 on_load = false             # compare with expected.json at every load; a version that differs fails
+
+# Instances on several devices, in place of device, device_fallback and instances; those in front are used first.
+#
+# [[instance_group]]
+# device = "cuda:0"
+# device_fallback = "none"
+# count = 2                 # instances on each device of the group, as `instances`
+#
+# [[instance_group]]
+# device = "cpu"
 
 # A model.safetensors beside a config.json of Hugging Face's describes itself; this adds to it.
 [encoder]
@@ -113,8 +128,8 @@ pub struct ModelConfig {
     /// What a version's file is called, where that is not one of the usual names.
     pub model_file: Option<String>,
     pub backend: BackendChoice,
-    pub device: Device,
-    pub instances: Option<usize>,
+    /// Where instances run, those in front first. Empty: on the CPU, as many as are planned.
+    pub groups: Vec<InstanceGroup>,
     /// Intra-op threads of one instance.
     pub threads: Option<usize>,
     pub batching: BatchingConfig,
@@ -309,8 +324,7 @@ fn read_model(mut top: Section) -> ModelConfig {
                 BackendChoice::parse(value.as_str()?)
             })
             .unwrap_or_default(),
-        device: top.read("device", "\"cpu\", \"cuda\" or \"cuda:N\"", read_device).unwrap_or_default(),
-        instances: top.count("instances", MAX_INSTANCES),
+        groups: read_groups(&mut top),
         threads: top.count("threads", MAX_THREADS),
         batching: read_batching(&mut top),
         max_queue_requests,
@@ -355,11 +369,42 @@ fn read_encoder(top: &mut Section) -> Option<EncoderConfig> {
     })
 }
 
-fn read_device(value: &Value) -> Option<Device> {
-    match value.as_str()? {
-        "cpu" => Some(Device::Cpu),
-        "cuda" => Some(Device::Cuda(0)),
-        other => other.strip_prefix("cuda:")?.parse().ok().map(Device::Cuda),
+/// A list of groups, or one in short.
+fn read_groups(top: &mut Section) -> Vec<InstanceGroup> {
+    const SHORT: [&str; 3] = ["device", "device_fallback", "instances"];
+    let short = SHORT.iter().find(|key| top.table.contains_key(**key));
+    let one = read_group(top, "instances");
+    let Some(groups) = top.tables("instance_group") else { return short.map(|_| one).into_iter().collect() };
+    if let Some(key) = short {
+        top.problem(key, "[[instance_group]], too".into(), "one or the other".into());
+    }
+    if !(1..=MAX_GROUPS).contains(&groups.len()) {
+        top.problem("instance_group", format!("{} groups", groups.len()), format!("1 to {MAX_GROUPS}"));
+    }
+    let group = |mut section: Section| {
+        let group = read_group(&mut section, "count");
+        section.finish();
+        group
+    };
+    groups.into_iter().map(group).collect()
+}
+
+fn read_group(section: &mut Section, count: &str) -> InstanceGroup {
+    let devices = section.read("device", DEVICE_FORM, |value| Devices::parse(value.as_str()?));
+    let fallback = section.read("device_fallback", FALLBACK_FORM, |value| parse_fallback(value.as_str()?));
+    InstanceGroup {
+        devices: devices.unwrap_or_default(),
+        count: section.count(count, MAX_INSTANCES),
+        fallback: fallback.unwrap_or(false),
+    }
+}
+
+/// Whether a group may run on the CPU in place of its GPUs.
+pub(super) fn parse_fallback(text: &str) -> Option<bool> {
+    match text {
+        "none" => Some(false),
+        "cpu" => Some(true),
+        _ => None,
     }
 }
 
@@ -584,6 +629,7 @@ fn shown(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Device;
     use crate::problem::nearest;
 
     fn id(n: u64) -> VersionId {
@@ -626,8 +672,8 @@ mod tests {
             "#,
         )
         .unwrap();
-        assert_eq!((config.backend, config.device), (BackendChoice::Tract, Device::Cuda(1)));
-        assert_eq!((config.instances, config.threads), (Some(2), Some(3)));
+        assert_eq!((config.backend, config.threads), (BackendChoice::Tract, Some(3)));
+        assert_eq!(config.groups, [on(Device::Cuda(1), Some(2))]);
         assert_eq!(
             config.batching,
             BatchingConfig {
@@ -665,9 +711,55 @@ mod tests {
         assert_eq!(config.max_queue_bytes, Some(defaults.max_queue_bytes));
         let silent = ModelConfig::default();
         assert_eq!(
-            (config.backend, config.device, config.batching.enabled, config.versions, config.goldens_on_load),
-            (silent.backend, silent.device, silent.batching.enabled, silent.versions, silent.goldens_on_load)
+            (config.backend, config.batching.enabled, config.versions, config.goldens_on_load),
+            (silent.backend, silent.batching.enabled, silent.versions, silent.goldens_on_load)
         );
+        assert_eq!(config.groups, [on(Device::Cpu, Some(2))]);
+        let groups = REFERENCE.split_once("# [[instance_group]]").unwrap().1.split_once("\n\n").unwrap().0;
+        let groups =
+            ModelConfig::parse(&format!("[[instance_group]]{}", groups.replace("\n# ", "\n").replace("\n#", "\n")));
+        assert_eq!(groups.unwrap().groups, [on(Device::Cuda(0), Some(2)), on(Device::Cpu, None)]);
+    }
+
+    fn on(device: Device, count: Option<usize>) -> InstanceGroup {
+        InstanceGroup { devices: Devices::Listed(vec![device]), count, fallback: false }
+    }
+
+    #[test]
+    fn devices_are_read_and_what_is_none_is_told() {
+        let devices = |text: &str| ModelConfig::parse(&format!("device = {text:?}")).map(|config| config.groups);
+        for (text, device) in [("cpu", Device::Cpu), ("cuda", Device::Cuda(0)), ("cuda:99", Device::Cuda(99))] {
+            assert_eq!(devices(text).unwrap(), [on(device, None)]);
+        }
+        for (text, expected) in [("cuda:all", Devices::EveryGpu), ("auto", Devices::Auto)] {
+            assert_eq!(devices(text).unwrap(), [InstanceGroup { devices: expected, count: None, fallback: false }]);
+        }
+        for text in
+            ["", "gpu", "gpu:0", "CUDA", "cuda:", "cuda:-1", "cuda:+1", "cuda:1.0", "cuda:0x1", "cuda: 1", "cpu:0"]
+        {
+            let problem = devices(text).unwrap_err().to_string();
+            let expected = format!("model.toml: `device`: found \"{text}\", expected {DEVICE_FORM}");
+            assert_eq!(problem, expected);
+        }
+        assert!(devices("cuda:4294967296").unwrap_err().to_string().contains("expected \"cpu\""));
+        let fallback = |text: &str| ModelConfig::parse(&format!("device_fallback = {text:?}"));
+        assert!(fallback("cpu").unwrap().groups[0].fallback && !fallback("none").unwrap().groups[0].fallback);
+        assert!(fallback("cuda:1").unwrap_err().to_string().contains("expected \"none\" or \"cpu\""));
+    }
+
+    #[test]
+    fn several_groups_are_read_and_the_short_form_is_not_mixed_with_them() {
+        let text = "[[instance_group]]\ndevice = 'cuda:1'\ndevice_fallback = 'cpu'\n[[instance_group]]\ncount = 3";
+        let config = ModelConfig::parse(text).unwrap();
+        let first = InstanceGroup { fallback: true, ..on(Device::Cuda(1), None) };
+        assert_eq!(config.groups, [first, on(Device::Cpu, Some(3))]);
+        let problem = |text: &str| ModelConfig::parse(text).unwrap_err().to_string();
+        assert!(problem("instances = 2\n[[instance_group]]").contains("`instances`: found [[instance_group]], too"));
+        assert!(problem("instance_group = []").contains("`instance_group`: found 0 groups, expected 1 to 64"));
+        assert!(
+            problem("[[instance_group]]\ninstances = 1").contains("`instance_group[0].instances`: found an unknown")
+        );
+        assert!(problem("[instance_group]").contains("[[instance_group]], a list of tables"));
     }
 
     #[test]

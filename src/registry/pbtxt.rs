@@ -12,10 +12,11 @@ use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor};
 
 use super::engines::BackendChoice;
 use super::model_config::{
-    BatchingConfig, ConfigFile, ConfigProblems, MAX_DELAY, MAX_INSTANCES, MAX_QUEUE_REQUESTS, MAX_ROWS, MAX_THREADS,
-    MAX_WARM_UPS, MadeContent, MadeInput, MadeWarmUp, ModelConfig, OutputConfig, RESHAPE_FORM, TensorConfig,
-    VersionPolicy, WarmUp, is_plain_file,
+    BatchingConfig, ConfigFile, ConfigProblems, FALLBACK_FORM, MAX_DELAY, MAX_GROUPS, MAX_INSTANCES,
+    MAX_QUEUE_REQUESTS, MAX_ROWS, MAX_THREADS, MAX_WARM_UPS, MadeContent, MadeInput, MadeWarmUp, ModelConfig,
+    OutputConfig, RESHAPE_FORM, TensorConfig, VersionPolicy, WarmUp, is_plain_file, parse_fallback,
 };
+use super::placement::{Devices, InstanceGroup};
 use super::view::interchangeable;
 use super::warmup;
 use crate::backend::Device;
@@ -48,16 +49,18 @@ answers and is not offered is a refusal, with its reason in the index; what woul
 | `dynamic_batching` | requests share batches because the file says so, without a self-test; without it they don't. The largest `preferred_batch_size`, or `max_batch_size`, is `preferred_rows`; `max_queue_delay_microseconds` is `max_delay` |
 | `default_queue_policy` | `max_queue_size` is `max_queue_requests` (0: the default); `default_timeout_microseconds` with `REJECT` is `default_timeout`, and counts until the answer. `DELAY` is a warning |
 | `priority_levels` | requests have levels 1 to 255 in any case, and 128 without one; a `default_priority_level` or policies by level are warnings |
-| `instance_group` | the counts of the first group's device together; `KIND_GPU` is `cuda:N`. Other devices are warnings |
+| `instance_group` | `[[instance_group]]`: `count` instances on each of the `gpus`. `KIND_GPU` without them is `cuda:all`; `KIND_AUTO` is `auto`, or its `gpus` with a fallback to the CPU; `KIND_CPU` and `KIND_MODEL` are `cpu`. A file without groups runs on the CPU. `rate_limiter`, `secondary_devices`, `profile`, `passive` and `host_policy` are warnings |
 | `version_policy` | the same; the latest one by default |
 | `model_warmup` | run before the version is ready, which it is only if they succeed. An `input_data_file` lies in the folder `warmup` |
-| `parameters` | `intra_op_thread_count` is `threads`; others are warnings |
+| `parameters` | `intra_op_thread_count` is `threads`, `device_fallback` is that of every group on GPUs; others are warnings |
 | `optimization`, `response_cache`, `metric_tags`, `model_metrics`, `cc_model_filenames`, `model_operations`, `runtime` | warnings |
 | `sequence_batching`, `ensemble_scheduling`, `batch_input`, `batch_output`, `model_transaction_policy.decoupled`, `model_repository_agents` | refused |
 "#;
 
 /// The `max_batch_size` of a model that takes any number of rows, as the server itself says it.
 const ANY_ROWS: i32 = i32::MAX;
+/// The parameter that stands for `device_fallback`.
+const FALLBACK: &str = "device_fallback";
 /// How often one warm-up may run.
 const MAX_WARM_UP_RUNS: i64 = 1000;
 /// Longest default timeout: a day.
@@ -182,13 +185,13 @@ impl Reader {
         let inputs = self.inputs(&written.input);
         let outputs = self.outputs(&written.output);
         let (batching, queue) = self.scheduling(written);
-        let (device, instances) = self.instances(&written.instance_group);
+        let fallback = self.fallback(&written.parameters);
+        let groups = self.groups(&written.instance_group, fallback);
         ModelConfig {
             file: self.file,
             model_file: self.file_name("default_model_filename", &written.default_model_filename),
             backend: self.engine(&written.backend, &written.platform),
-            device,
-            instances,
+            groups,
             threads: self.parameters(&written.parameters),
             batching,
             max_queue_requests: queue.max_requests,
@@ -416,54 +419,60 @@ impl Reader {
         Queue { max_requests, timeout: Some(timeout) }
     }
 
-    /// Instances on the first group's device: a version has one.
-    fn instances(&mut self, groups: &[proto::ModelInstanceGroup]) -> (Device, Option<usize>) {
-        let mut total = 0;
-        let mut device = None;
-        for (i, group) in groups.iter().enumerate() {
-            let place = format!("instance_group[{i}]");
-            for (field, there) in [
-                ("rate_limiter", group.rate_limiter.is_some()),
-                ("secondary_devices", !group.secondary_devices.is_empty()),
-                ("profile", !group.profile.is_empty()),
-                ("passive", group.passive),
-                ("host_policy", !group.host_policy.is_empty()),
-            ] {
-                if there {
-                    self.ignored(&format!("{place}.{field}"));
-                }
-            }
-            let own = self.device(&place, group);
-            if *device.get_or_insert(own) != own {
-                self.warn(&place, "a version runs on one device, the first group's: these instances are left out");
-                continue;
-            }
-            total += i64::from(group.count.max(0));
+    fn groups(&mut self, written: &[proto::ModelInstanceGroup], fallback: bool) -> Vec<InstanceGroup> {
+        if written.len() > MAX_GROUPS {
+            self.refuse("instance_group", written.len().to_string(), format!("at most {MAX_GROUPS}"));
         }
-        (device.unwrap_or_default(), self.count("instance_group.count", total, MAX_INSTANCES))
+        written.iter().take(MAX_GROUPS).enumerate().map(|(i, group)| self.group(i, group, fallback)).collect()
     }
 
-    fn device(&mut self, place: &str, group: &proto::ModelInstanceGroup) -> Device {
-        match (Kind::try_from(group.kind), &group.gpus[..]) {
-            (Ok(Kind::Gpu), []) => Device::Cuda(0),
-            (Ok(Kind::Gpu | Kind::Auto), [first, rest @ ..]) => {
-                if !rest.is_empty() {
-                    self.warn(&format!("{place}.gpus"), &format!("a version runs on one device, GPU {first}"));
-                }
-                match (*first).try_into() {
-                    Ok(id) => Device::Cuda(id),
-                    Err(_) => {
-                        self.refuse(&format!("{place}.gpus"), first.to_string(), "a GPU's number, from 0");
-                        Device::Cpu
-                    }
-                }
-            }
-            (Ok(Kind::Cpu | Kind::Auto | Kind::Model), _) => Device::Cpu,
-            (Err(_), _) => {
-                self.refuse(&format!("{place}.kind"), group.kind.to_string(), "KIND_CPU or KIND_GPU");
-                Device::Cpu
+    fn group(&mut self, i: usize, written: &proto::ModelInstanceGroup, fallback: bool) -> InstanceGroup {
+        let place = format!("instance_group[{i}]");
+        for (field, there) in [
+            ("rate_limiter", written.rate_limiter.is_some()),
+            ("secondary_devices", !written.secondary_devices.is_empty()),
+            ("profile", !written.profile.is_empty()),
+            ("passive", written.passive),
+            ("host_policy", !written.host_policy.is_empty()),
+        ] {
+            if there {
+                self.ignored(&format!("{place}.{field}"));
             }
         }
+        let kind = Kind::try_from(written.kind).ok();
+        let devices = match kind {
+            Some(Kind::Gpu) if written.gpus.is_empty() => Devices::EveryGpu,
+            Some(Kind::Auto) if written.gpus.is_empty() => Devices::Auto,
+            Some(Kind::Gpu | Kind::Auto) => self.gpus(&place, &written.gpus),
+            Some(Kind::Cpu | Kind::Model) => Devices::default(),
+            None => {
+                self.refuse(&format!("{place}.kind"), written.kind.to_string(), "KIND_CPU or KIND_GPU");
+                Devices::default()
+            }
+        };
+        if kind == Some(Kind::Cpu) && !written.gpus.is_empty() {
+            self.refuse(&format!("{place}.gpus"), format!("{:?}", written.gpus), "none with KIND_CPU");
+        }
+        let count = self.count(&format!("{place}.count"), i64::from(written.count.max(0)), MAX_INSTANCES);
+        InstanceGroup { devices, count, fallback: fallback || kind == Some(Kind::Auto) }
+    }
+
+    fn gpus(&mut self, place: &str, written: &[i32]) -> Devices {
+        let place = format!("{place}.gpus");
+        let mut listed = Vec::new();
+        for number in written {
+            match (*number).try_into().map(Device::Cuda) {
+                Ok(device) if listed.contains(&device) => {
+                    self.refuse(&place, format!("{number} twice"), "each GPU once")
+                }
+                Ok(device) => listed.push(device),
+                Err(_) => self.refuse(&place, number.to_string(), "a GPU's number, from 0"),
+            }
+        }
+        if listed.len() > MAX_GROUPS {
+            self.refuse(&place, format!("{} GPUs", listed.len()), format!("at most {MAX_GROUPS}"));
+        }
+        Devices::Listed(listed)
     }
 
     fn versions(&mut self, written: Option<&proto::ModelVersionPolicy>) -> VersionPolicy {
@@ -527,9 +536,19 @@ impl Reader {
         Some(MadeInput { dtype: self.data_type(place, written.data_type)?, shape: shape.ok()?, content: content? })
     }
 
+    /// A key that Triton hands to the backend unread: a way to say what `model.toml` can.
+    fn fallback(&mut self, written: &BTreeMap<String, proto::ModelParameter>) -> bool {
+        let Some(found) = written.get(FALLBACK).map(|parameter| parameter.string_value.as_str()) else { return false };
+        let fallback = parse_fallback(found);
+        if fallback.is_none() {
+            self.refuse(&format!("parameters.{FALLBACK}"), text(found), FALLBACK_FORM);
+        }
+        fallback.unwrap_or(false)
+    }
+
     fn parameters(&mut self, written: &BTreeMap<String, proto::ModelParameter>) -> Option<usize> {
         const THREADS: &str = "intra_op_thread_count";
-        for name in written.keys().filter(|name| *name != THREADS) {
+        for name in written.keys().filter(|name| ![THREADS, FALLBACK].contains(&name.as_str())) {
             self.ignored(&format!("parameters.{name}"));
         }
         let place = format!("parameters.{THREADS}");
@@ -632,7 +651,7 @@ mod tests {
               max_queue_delay_microseconds: 2000
               default_queue_policy { default_timeout_microseconds: 5000000 allow_timeout_override: true max_queue_size: 9 }
             }
-            instance_group [ { count: 2 kind: KIND_GPU gpus: [ 1 ] }, { count: 1, kind: KIND_GPU, gpus: 1 } ]
+            instance_group [ { count: 2 kind: KIND_GPU gpus: [ 1, 2 ] }, { count: 1, kind: KIND_CPU } ]
             version_policy: { specific: { versions: [ 1, 3 ] } }
             parameters { key: "intra_op_thread_count" value: { string_value: "3" } }
             model_warmup [ {
@@ -654,8 +673,10 @@ mod tests {
         let expected = ModelConfig {
             file: ConfigFile::ConfigPbtxt,
             model_file: Some("net.onnx".into()),
-            device: Device::Cuda(1),
-            instances: Some(3),
+            groups: vec![
+                InstanceGroup { devices: listed(&[1, 2]), count: Some(2), fallback: false },
+                InstanceGroup { devices: Devices::default(), count: Some(1), fallback: false },
+            ],
             threads: Some(3),
             batching: BatchingConfig {
                 enabled: Some(true),
@@ -684,6 +705,29 @@ mod tests {
         assert_eq!(config, expected);
     }
 
+    fn listed(gpus: &[u32]) -> Devices {
+        Devices::Listed(gpus.iter().copied().map(Device::Cuda).collect())
+    }
+
+    #[test]
+    fn instance_groups_run_where_triton_would_run_them() {
+        let group = |text: &str| {
+            let config = config(&format!("instance_group {{ {text} }}"));
+            assert_eq!((config.warnings, config.groups.len()), (vec![], 1), "{text}");
+            let InstanceGroup { devices, count, fallback } = config.groups[0].clone();
+            (devices, count, fallback)
+        };
+        assert_eq!(group("kind: KIND_CPU count: 3"), (Devices::default(), Some(3), false));
+        assert_eq!(group("kind: KIND_MODEL"), (Devices::default(), None, false));
+        assert_eq!(group("kind: KIND_GPU count: 2"), (Devices::EveryGpu, Some(2), false));
+        assert_eq!(group("kind: KIND_GPU gpus: [0, 1]"), (listed(&[0, 1]), None, false));
+        assert_eq!(group("count: 2"), (Devices::Auto, Some(2), true));
+        assert_eq!(group("kind: KIND_AUTO gpus: [0, 1]"), (listed(&[0, 1]), None, true));
+        let parameter = "parameters { key: 'device_fallback' value { string_value: 'cpu' } }";
+        let fallback = config(&format!("instance_group {{ kind: KIND_GPU gpus: 1 }} {parameter}"));
+        assert!(fallback.warnings.is_empty() && fallback.groups[0].fallback, "{fallback:?}");
+    }
+
     #[test]
     fn lists_of_messages_need_no_colon_and_strings_and_comments_stay() {
         for (text, expected) in [
@@ -700,10 +744,7 @@ mod tests {
     #[test]
     fn silence_means_what_it_means_in_triton() {
         let silent = config("");
-        assert_eq!(
-            (silent.versions, silent.batching.enabled, silent.device),
-            (VersionPolicy::Latest(1), None, Device::Cpu)
-        );
+        assert_eq!((silent.versions, silent.batching.enabled, silent.groups), (VersionPolicy::Latest(1), None, vec![]));
         let batching = |text: &str| {
             let BatchingConfig { enabled, preferred_rows, max_batch_size, .. } = config(text).batching;
             (enabled, preferred_rows, max_batch_size)
@@ -721,8 +762,6 @@ mod tests {
         assert_eq!(versions("all {}"), VersionPolicy::All);
         assert_eq!(versions("latest {}"), VersionPolicy::Latest(1));
         assert_eq!(versions("latest { num_versions: 2 }"), VersionPolicy::Latest(2));
-        assert_eq!(config("instance_group { kind: KIND_GPU }").device, Device::Cuda(0));
-        assert_eq!(config("instance_group { kind: KIND_CPU }").instances, None);
         assert_eq!(config("backend: 'tract'").backend, BackendChoice::Tract);
     }
 
@@ -751,8 +790,11 @@ mod tests {
             ("model_repository_agents { agents { name: 'checksum' } }", "`model_repository_agents`"),
             (&input("} dynamic_batching {"), "`dynamic_batching`: found it without `max_batch_size`"),
             ("max_batch_size: 4 dynamic_batching { preferred_batch_size: 8 }", "found 8, expected 1 to 4"),
-            ("instance_group { count: 100000 }", "`instance_group.count`: found 100000"),
+            ("instance_group { count: 100000 }", "`instance_group[0].count`: found 100000"),
             ("instance_group { kind: KIND_GPU gpus: -1 }", "`instance_group[0].gpus`: found -1"),
+            ("instance_group { kind: KIND_GPU gpus: [2, 2] }", "`instance_group[0].gpus`: found 2 twice"),
+            ("instance_group { kind: KIND_CPU gpus: 0 }", "`instance_group[0].gpus`: found [0], expected none"),
+            ("parameters { key: 'device_fallback' value { string_value: 'gpu' } }", "\"none\" or \"cpu\""),
             ("version_policy { specific { versions: 0 } }", "`version_policy.specific.versions`: found [0]"),
             ("parameters { key: 'intra_op_thread_count' value { string_value: 'all' } }", "found \"all\""),
             ("model_warmup { inputs { key: 'x' value { data_type: TYPE_FP32 dims: -1 zero_data: true } } }", ".dims`"),
@@ -775,11 +817,6 @@ mod tests {
             ("cc_model_filenames { key: '7.5' value: 'b' }", "`cc_model_filenames`"),
             ("parameters { key: 'execution_mode' value { string_value: '1' } }", "`parameters.execution_mode`"),
             ("instance_group { rate_limiter {} }", "`instance_group[0].rate_limiter`"),
-            (
-                "instance_group { kind: KIND_GPU gpus: [0, 1] }",
-                "`instance_group[0].gpus`: a version runs on one device",
-            ),
-            ("instance_group [{ kind: KIND_CPU }, { kind: KIND_GPU }]", "`instance_group[1]`"),
             ("max_batch_size: 4 dynamic_batching { preserve_ordering: true }", "preserve_ordering`"),
             (
                 "max_batch_size: 4 dynamic_batching { priority_levels: 3 default_priority_level: 2 }",

@@ -13,6 +13,7 @@ use std::time::Duration;
 use super::invent::{self, Random, Recipe};
 use super::probe::Probe;
 use super::selftest::{RANGES, Tolerance, symbol};
+use crate::backend::Device;
 use crate::tensor::{DataType, Dim, Ragged, SequenceAxis, Shape, Signature, Tensor, TensorSpec};
 
 /// What asking one version may take.
@@ -44,6 +45,17 @@ pub struct RaggedDecision {
 impl RaggedDecision {
     fn no(reason: impl Into<String>) -> RaggedDecision {
         RaggedDecision { plan: None, reason: reason.into() }
+    }
+}
+
+/// What holds on every device: all must cut and fill alike.
+pub fn agreed(decided: Vec<(Device, RaggedDecision)>) -> RaggedDecision {
+    let Some((first, decision)) = decided.first() else { return RaggedDecision::no("there is no device") };
+    match decided.iter().find(|(_, other)| other.plan != decision.plan) {
+        None => decision.clone(),
+        Some((other, differing)) => {
+            RaggedDecision::no(format!("on {first}: {}, on {other}: {}", decision.reason, differing.reason))
+        }
     }
 }
 
@@ -301,6 +313,15 @@ mod tests {
         assert_eq!(plan.outputs, [vec![1], vec![]]);
         let zero = Some(SequenceAxis { axis: 1, fill: [0; 8].into() });
         assert_eq!(plan.inputs, [zero.clone(), zero]);
+    }
+
+    #[test]
+    fn devices_that_differ_do_not_fill_up() {
+        let yes = decision(&RaggedConfig::Auto, pooling(|mask| mask as f32)).unwrap();
+        let no = RaggedDecision::no("differs");
+        assert_eq!(agreed(vec![(Device::Cuda(0), yes.clone()), (Device::Cpu, yes.clone())]), yes);
+        let decided = agreed(vec![(Device::Cuda(0), yes), (Device::Cpu, no)]);
+        assert!(decided.plan.is_none() && decided.reason.ends_with(", on cpu: differs"), "{decided:?}");
     }
 
     #[test]

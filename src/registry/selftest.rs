@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::invent::{self, Random, Recipe};
 use super::probe::Probe;
+use crate::backend::Device;
 use crate::tensor::{DataType, Dim, Signature, Tensor, TensorSpec};
 
 /// What one version's self-test may take.
@@ -71,6 +72,19 @@ pub fn decide(
         Verdict::Coupled(why) => decided(false, format!("self-test: {why}")),
         Verdict::Inconclusive(why) => decided(false, format!("self-test inconclusive: {why}")),
     }
+}
+
+/// What holds on every device: one that does not batch is enough.
+pub fn agreed(decided: Vec<(Device, BatchDecision)>) -> BatchDecision {
+    let refusal = decided.iter().find(|(_, decision)| !decision.enabled);
+    let (device, decision) = match refusal.or(decided.first()) {
+        Some((device, decision)) => (*device, decision.clone()),
+        None => return BatchDecision { enabled: false, reason: "there is no device".into() },
+    };
+    if decided.iter().all(|(_, other)| other.enabled == decision.enabled) {
+        return decision;
+    }
+    BatchDecision { reason: format!("on {device}: {}", decision.reason), ..decision }
 }
 
 /// Why rows cannot even be told apart, whatever the configuration says.
@@ -508,6 +522,18 @@ mod tests {
         let mut probe = probe(&signature, |inputs| Ok(inputs.to_vec())).with_clock(slow_clock);
         assert_eq!(run(&mut probe, &signature), Verdict::Inconclusive("not done within 2 s".into()));
         assert!(probe.spent() <= BUDGET);
+    }
+
+    #[test]
+    fn one_device_that_does_not_batch_decides_for_all() {
+        let decision = |enabled, reason: &str| BatchDecision { enabled, reason: reason.into() };
+        let (on, off) = (decision(true, "proved"), decision(false, "differs"));
+        let agreed = |cpu: &BatchDecision, gpu: &BatchDecision| {
+            super::agreed(vec![(Device::Cpu, cpu.clone()), (Device::Cuda(1), gpu.clone())])
+        };
+        assert_eq!((agreed(&on, &on), agreed(&off, &off)), (on.clone(), off.clone()));
+        assert_eq!(agreed(&on, &off), decision(false, "on cuda:1: differs"));
+        assert_eq!(agreed(&off, &on), decision(false, "on cpu: differs"));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::loader::CompareGoldens;
 use super::probe::Probe;
 use super::{AtStart, Config, Control, Done, Engines, Registry, Status, Version, report};
 use crate::backend::fake::{self, Fake};
-use crate::backend::{Artifact, Backend, Instance, LoadError, LoadOptions, Model, RunError};
+use crate::backend::{Artifact, Backend, Device, Instance, LoadError, LoadOptions, Model, RunError};
 use crate::error::Kind;
 use crate::monitor::Monitor;
 use crate::request::{Budget, BudgetConfig, ModelRef, Permit, Prepared, Priority, VersionId};
@@ -85,6 +85,7 @@ impl Setup {
             onnxruntime_reason: "a fake".into(),
             details: String::new(),
             broken: false,
+            gpus: || Ok(2),
         }
     }
 
@@ -574,6 +575,58 @@ fn validation_compares_with_the_goldens_and_serving_does_not_unless_told() {
     setup.write("m/model.toml", "[goldens]\non_load = true");
     settle(&registry);
     assert!(index(&registry)[0].contains("Ready still serving") && index(&registry)[0].contains("`expected.json`"));
+    stop(&registry);
+}
+
+#[test]
+fn a_device_that_is_not_there_fails_its_version_alone_or_gives_way_where_it_is_told_to() {
+    let setup = Setup::new(echo().with_gpus(1));
+    for (model, settings) in [
+        ("fallen", "device = 'cuda:1'\ndevice_fallback = 'cpu'"),
+        ("gpu", "device = 'cuda'\ninstances = 5"),
+        ("plain", ""),
+        ("refused", "device = 'cuda:1'"),
+    ] {
+        setup.copy(SENTINEL, &format!("{model}/1/model.onnx")).write(&format!("{model}/model.toml"), settings);
+    }
+    let registry = setup.start();
+    let refusal = "refused/1 Failed device `cuda:1` cannot be used: the fake engine has 1 GPUs";
+    assert_eq!(index(&registry), ["fallen/1 Ready", "gpu/1 Ready", "plain/1 Ready", refusal]);
+    let facts = |name| choose(&registry, name, None).unwrap().facts().clone();
+    let told = |name| {
+        let facts = facts(name);
+        let reason = facts.properties().into_iter().find(|(key, _)| *key == "device_reason").unwrap().1;
+        (facts.device(), facts.instances(), reason, facts.warnings)
+    };
+    assert_eq!(told("gpu"), ("cuda:0".into(), 5, "named in model.toml".into(), vec![]));
+    assert_eq!(told("plain"), ("cpu".into(), 2, "by default".into(), vec![]));
+    let why = "in a GPU's place: device `cuda:1` cannot be used: the fake engine has 1 GPUs";
+    assert_eq!(told("fallen"), ("cpu".into(), 2, why.into(), vec![format!("runs on the CPU {why}")]));
+    let metrics = setup.monitor.render();
+    for (model, device) in [("fallen", "cpu"), ("gpu", "cuda:0")] {
+        let mut series = metrics.lines().filter(|line| line.starts_with("tidegate_model_info{model=\""));
+        let line = series.find(|line| line.contains(&format!("model=\"{model}\""))).unwrap();
+        assert!(line.contains(&format!("device=\"{device}\"")), "{line}");
+    }
+    stop(&registry);
+}
+
+#[test]
+fn a_version_on_several_devices_is_tested_and_warmed_on_each_and_has_instances_on_all() {
+    let fake = echo().with_gpus(2);
+    let setup = Setup::new(fake.clone());
+    let groups = "[[instance_group]]\ndevice = 'cpu'\ncount = 1\n[[instance_group]]\ndevice = 'cuda:all'\ncount = 3";
+    setup.copy(SENTINEL, "m/1/model.onnx").write("m/model.toml", groups);
+    let registry = setup.start();
+    let version = choose(&registry, "m", None).unwrap();
+    let facts = version.facts();
+    assert_eq!((facts.device().as_str(), facts.instances()), ("cuda:0,cuda:1,cpu", 7));
+    assert!(facts.batching.enabled && facts.threads().starts_with("cuda:0: 3 instance(s)"), "{}", facts.threads());
+    for device in [Device::Cuda(0), Device::Cuda(1), Device::Cpu] {
+        let mut rows = fake.log().into_iter().filter(|run| run.device == device).map(|run| run.rows);
+        assert!(rows.any(|rows| rows == facts.preferred_rows), "{device} has run a full batch");
+    }
+    assert_eq!(fake.instances(), 3, "one of each device, warm");
     stop(&registry);
 }
 

@@ -59,7 +59,10 @@ pub struct Facts {
     pub backend_reason: String,
     /// The model's own settings.
     pub config: Arc<ModelConfig>,
-    pub device: Device,
+    /// Where its instances run, and how many on each device; those in front are used first.
+    pub devices: Vec<(Device, ThreadPlan)>,
+    /// Why there.
+    pub device_reason: String,
     pub signature: Arc<Signature>,
     /// One per output of the signature.
     pub outputs: Vec<OutputInfo>,
@@ -69,7 +72,6 @@ pub struct Facts {
     /// The most rows one request may carry, where declared.
     pub max_batch_size: Option<usize>,
     pub preferred_rows: usize,
-    pub threads: ThreadPlan,
     /// The exporter that wrote the file.
     pub producer: String,
     /// From the first byte copied to the end of the warm-up.
@@ -158,18 +160,41 @@ impl Facts {
         own.or(self.config.labels.as_deref())
     }
 
+    /// `cpu`, `cuda:0,cuda:1`.
+    pub fn device(&self) -> String {
+        let names: Vec<String> = self.devices.iter().map(|(device, _)| device.to_string()).collect();
+        names.join(",")
+    }
+
+    /// At most, on all devices.
+    pub fn instances(&self) -> usize {
+        self.devices.iter().map(|(_, plan)| plan.instances).sum()
+    }
+
+    /// Of the instances, by device where there are several.
+    pub fn threads(&self) -> String {
+        match &self.devices[..] {
+            [(_, plan)] => plan.to_string(),
+            devices => {
+                let each: Vec<String> = devices.iter().map(|(device, plan)| format!("{device}: {plan}")).collect();
+                each.join("; ")
+            }
+        }
+    }
+
     pub fn properties(&self) -> Vec<(&'static str, String)> {
         vec![
             ("backend", self.backend.to_string()),
             ("backend_version", self.backend_version.clone()),
             ("backend_reason", self.backend_reason.clone()),
-            ("device", self.device.to_string()),
+            ("device", self.device()),
+            ("device_reason", self.device_reason.clone()),
             ("digest", self.digest.to_string()),
             ("batching", if self.batching.enabled { "on" } else { "off" }.to_string()),
             ("batching_reason", self.batching.reason.clone()),
             ("ragged_batching", if self.ragged.plan.is_some() { "on" } else { "off" }.to_string()),
             ("ragged_batching_reason", self.ragged.reason.clone()),
-            ("threads", self.threads.to_string()),
+            ("threads", self.threads()),
         ]
     }
 }

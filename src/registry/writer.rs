@@ -428,8 +428,8 @@ impl Writer {
             digest: &facts.digest,
             backend: facts.backend,
             backend_version: &facts.backend_version,
-            device: &facts.device.to_string(),
-            instances: facts.threads.instances,
+            device: &facts.device(),
+            instances: facts.instances(),
             batching: facts.batching.enabled,
             batching_reason: &facts.batching.reason,
         }

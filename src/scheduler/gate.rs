@@ -45,9 +45,12 @@ impl Gate {
         Arc::new(Gate { cores, state: Mutex::new(State { free: cores, waiting: VecDeque::new() }) })
     }
 
-    /// Waits for `threads` places, at least one; more than the gate has means all of it.
+    /// Waits for `threads` places; more than the gate has means all of it, and none is never waited for.
     pub fn acquire(&self, threads: usize) -> Turn<'_> {
-        let threads = threads.clamp(1, self.cores);
+        let threads = threads.min(self.cores);
+        if threads == 0 {
+            return Turn { gate: self, threads };
+        }
         let mut state = lock(&self.state);
         if state.waiting.is_empty() && state.free >= threads {
             state.free -= threads;
@@ -65,6 +68,9 @@ impl Gate {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
+        if self.threads == 0 {
+            return;
+        }
         let mut state = lock(&self.gate.state);
         state.free += self.threads;
         state.admit();
@@ -106,11 +112,15 @@ mod tests {
         let all = gate.acquire(99);
         assert_eq!(gate.free(), 0);
         drop(all);
-        let one = gate.acquire(0);
+        let (one, none) = (gate.acquire(1), gate.acquire(0));
         assert_eq!(gate.free(), 1);
-        drop(one);
+        drop((one, none));
         assert_eq!(gate.free(), 2);
         drop(Gate::new(0).acquire(1));
+        let all = gate.acquire(2);
+        drop(gate.acquire(0));
+        assert_eq!(gate.free(), 0, "what computes elsewhere waits for no core");
+        drop(all);
     }
 
     #[test]

@@ -46,10 +46,6 @@ pub const DEFAULT_LINGER: Duration = Duration::from_secs(10);
 /// How one version is scheduled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Worker threads at most, one instance each.
-    pub instances: usize,
-    /// Intra-op threads of one instance: what a run takes from the gate.
-    pub threads: usize,
     /// Batch at all.
     pub batching: bool,
     /// Where requests of different lengths share a batch.
@@ -67,8 +63,6 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Config {
-            instances: 1,
-            threads: 1,
             batching: true,
             ragged: None,
             preferred_rows: DEFAULT_PREFERRED_ROWS,
@@ -78,6 +72,18 @@ impl Default for Config {
             linger: DEFAULT_LINGER,
         }
     }
+}
+
+/// A version's instances on one device. All groups answer alike: whichever is free takes what waits.
+pub struct Group {
+    /// As the engine has it on that device.
+    pub model: Arc<dyn Model>,
+    /// The first one, warmed; more are made on demand.
+    pub instance: Box<dyn Instance>,
+    /// Worker threads at most, one instance each.
+    pub instances: usize,
+    /// What a run takes from the gate: the instance's intra-op threads, or 0 where another device computes.
+    pub cores: usize,
 }
 
 /// What a request gets: its requested outputs in order, where its time went, and its permit back (held until the
@@ -99,7 +105,10 @@ pub struct Scheduler {
 struct Shared {
     /// `model/version`, for messages and thread names.
     name: Box<str>,
-    model: Arc<dyn Model>,
+    /// By group.
+    engines: Vec<Engine>,
+    /// Of the model.
+    outputs: usize,
     config: Config,
     gate: Arc<Gate>,
     monitor: Arc<VersionMonitor>,
@@ -114,17 +123,22 @@ struct Shared {
     ended: Condvar,
 }
 
+/// What a group's workers run on.
+struct Engine {
+    model: Arc<dyn Model>,
+    cores: usize,
+}
+
 type Key = Box<[usize]>;
 type Ticket = batcher::Ticket<Priority>;
 
 struct State {
     batcher: Batcher<Key, Priority, Job>,
     closed: bool,
-    /// Instances of workers that have ended, the most recent last.
-    instances: Vec<Box<dyn Instance>>,
-    /// Places for instances: those above, and one for every worker (empty for a moment after a panic).
-    slots: usize,
-    max_slots: usize,
+    /// Instances of workers that have ended, with their groups, the most recent last.
+    instances: Vec<(usize, Box<dyn Instance>)>,
+    /// By group. Places for instances: those above, and one for every worker (empty for a moment after a panic).
+    slots: Vec<Slots>,
     workers: usize,
     /// Resting workers that have not been called.
     resting: usize,
@@ -143,7 +157,30 @@ struct State {
     handles: Vec<JoinHandle<()>>,
 }
 
+#[derive(Clone, Copy)]
+struct Slots {
+    taken: usize,
+    /// At least 1 in one group or more: a group loses places only while another instance is there.
+    most: usize,
+}
+
 impl State {
+    fn has_instances(&self) -> bool {
+        self.slots.iter().any(|slots| slots.taken > 0)
+    }
+
+    /// Of the first group that has any, the most recent.
+    fn take_idle(&mut self) -> Option<(usize, Box<dyn Instance>)> {
+        let place = (0..self.instances.len()).rev().min_by_key(|place| self.instances[*place].0)?;
+        Some(self.instances.remove(place))
+    }
+
+    /// The group with the fewest instances of those that may have more.
+    fn group_with_room(&self) -> Option<usize> {
+        let groups = self.slots.iter().enumerate().filter(|(_, slots)| slots.taken < slots.most);
+        groups.min_by_key(|(_, slots)| slots.taken).map(|(group, _)| group)
+    }
+
     /// A worker that waits for a batch to fill need not wait any longer.
     fn filled(&self, now: Instant) -> bool {
         self.filling > 0 && self.batcher.readiness(now) == Readiness::Ready
@@ -163,22 +200,27 @@ struct Job {
 }
 
 impl Scheduler {
-    /// `name` is `model/version`. `instance` is warmed; more are made on demand, up to `config.instances`.
+    /// `name` is `model/version`. At least one group; those in front are used first.
     pub fn new(
         name: impl Into<Box<str>>,
-        model: Arc<dyn Model>,
-        instance: Box<dyn Instance>,
+        groups: Vec<Group>,
         config: Config,
         gate: Arc<Gate>,
         monitor: Arc<VersionMonitor>,
     ) -> Scheduler {
         let preferred_rows = if config.batching { config.preferred_rows } else { 1 };
+        let slots = groups.iter().map(|group| Slots { taken: 1, most: group.instances.max(1) }).collect();
+        let outputs = groups.first().map_or(0, |group| group.model.signature().outputs.len());
+        let (mut engines, mut instances) = (Vec::new(), Vec::new());
+        for (place, Group { model, instance, cores, .. }) in groups.into_iter().enumerate() {
+            engines.push(Engine { model, cores });
+            instances.push((place, instance));
+        }
         let state = State {
             batcher: Batcher::new(preferred_rows, config.max_delay),
             closed: false,
-            instances: vec![instance],
-            slots: 1,
-            max_slots: config.instances.max(1),
+            instances,
+            slots,
             workers: 0,
             resting: 0,
             calls: 0,
@@ -193,7 +235,8 @@ impl Scheduler {
             shared: Arc::new(Shared {
                 name: name.into(),
                 batching: AtomicBool::new(config.batching),
-                model,
+                engines,
+                outputs,
                 config,
                 gate,
                 monitor,

@@ -140,6 +140,13 @@ fn tensor(values: &[f32]) -> Tensor {
     Tensor::from_vec(Shape::new([values.len(), 1]).unwrap(), values.to_vec()).unwrap()
 }
 
+fn group(script: &Arc<Script>, instances: usize, cores: usize) -> Group {
+    let signature = Signature { inputs: vec![spec("x")], outputs: vec![spec("double"), spec("half")] };
+    let model = Arc::new(ScriptedModel { script: Arc::clone(script), signature });
+    let instance = model.instance().unwrap();
+    Group { model, instance, instances, cores }
+}
+
 struct Bench {
     script: Arc<Script>,
     budget: Arc<Budget>,
@@ -152,16 +159,23 @@ type Submitted<'a> = Pin<Box<dyn Future<Output = Result<Answer>> + Send + 'a>>;
 
 impl Bench {
     fn new(config: Config) -> Bench {
-        let script = Arc::new(Script::default());
-        let signature = Signature { inputs: vec![spec("x")], outputs: vec![spec("double"), spec("half")] };
-        let model = Arc::new(ScriptedModel { script: Arc::clone(&script), signature });
-        let instance = model.instance().unwrap();
+        Bench::of(1, config)
+    }
+
+    /// Of up to so many instances in one group.
+    fn of(instances: usize, config: Config) -> Bench {
+        let script = Arc::default();
+        Bench::with(&script, vec![group(&script, instances, 1)], config)
+    }
+
+    /// `script` is what the test steers by default.
+    fn with(script: &Arc<Script>, groups: Vec<Group>, config: Config) -> Bench {
         let monitor = Monitor::new();
         let version = monitor.version("m".into(), VersionId::new(1).unwrap(), Vec::new());
         let gate = Gate::new(4);
-        let scheduler = Scheduler::new("scripted/7", model, instance, config, Arc::clone(&gate), version);
+        let scheduler = Scheduler::new("scripted/7", groups, config, Arc::clone(&gate), version);
         let budget = Budget::new(BudgetConfig::default());
-        Bench { script, budget, gate, monitor, scheduler }
+        Bench { script: Arc::clone(script), budget, gate, monitor, scheduler }
     }
 
     fn config() -> Config {
@@ -239,7 +253,9 @@ impl Bench {
         let counts =
             [state.workers, state.resting, state.calls, state.heading, state.filling, state.returning, state.running];
         assert_eq!((counts, state.growing), ([0; 7], false), "a count is off");
-        assert_eq!(state.slots, state.instances.len());
+        for (group, slots) in state.slots.iter().enumerate() {
+            assert_eq!(slots.taken, state.instances.iter().filter(|(of, _)| *of == group).count(), "group {group}");
+        }
     }
 }
 
@@ -568,7 +584,7 @@ async fn an_idle_version_has_no_thread_and_comes_back() {
     let bench = Bench::new(Config { linger: Duration::ZERO, ..Bench::config() });
     for _ in 0..3 {
         assert_eq!(values(bench.submit(&[1.0])).await, [2.0]);
-        bench.wait_for_an_end(|state| state.workers == 0 && state.instances.len() == 1 && state.slots == 1);
+        bench.wait_for_an_end(|state| state.workers == 0 && state.instances.len() == 1 && state.slots[0].taken == 1);
     }
     assert_eq!(bench.script.made.load(Ordering::SeqCst), 1, "the instance was kept");
     let threads = lock(&bench.script.state).threads.clone();
@@ -577,7 +593,7 @@ async fn an_idle_version_has_no_thread_and_comes_back() {
 
 #[tokio::test]
 async fn instances_are_added_as_load_asks_for_them() {
-    let bench = Bench::new(Config { instances: 3, preferred_rows: 1, ..Bench::config() });
+    let bench = Bench::of(3, Config { preferred_rows: 1, ..Bench::config() });
     for _ in 0..5 {
         values(bench.submit(&[1.0])).await;
     }
@@ -599,15 +615,73 @@ async fn instances_are_added_as_load_asks_for_them() {
 
 #[tokio::test]
 async fn a_version_makes_do_with_the_instances_it_has() {
-    let bench = Bench::new(Config { instances: 3, preferred_rows: 1, ..Bench::config() });
+    let bench = Bench::of(3, Config { preferred_rows: 1, ..Bench::config() });
     bench.script.broken.store(true, Ordering::SeqCst);
     let first = bench.occupy();
     let second = bench.submit(&[1.0]);
-    bench.wait_for_an_end(|state| state.max_slots == 1);
+    bench.wait_for_an_end(|state| state.slots[0].most == 1);
     bench.script.release();
     for submitted in [first, second] {
         done(submitted).await.unwrap();
     }
+    bench.join();
+}
+
+#[tokio::test]
+async fn groups_answer_alike_the_first_one_first_and_each_keeps_its_own_number() {
+    let (first, second) = (Arc::<Script>::default(), Arc::<Script>::default());
+    let groups = vec![group(&first, 1, 0), group(&second, 2, 1)];
+    let config = Config { preferred_rows: 1, linger: Duration::ZERO, ..Bench::config() };
+    let bench = Bench::with(&first, groups, config);
+    values(bench.submit(&[1.0])).await;
+    bench.wait_for_an_end(|state| state.workers == 0);
+    assert_eq!((first.runs().len(), second.runs().len()), (1, 0), "the group in front is used first");
+    first.hold();
+    second.hold();
+    let mut waiting = vec![bench.submit(&[2.0])];
+    first.wait_for_runs_inside(1);
+    for inside in 1..=2 {
+        waiting.push(bench.submit(&[3.0]));
+        second.wait_for_runs_inside(inside);
+    }
+    waiting.push(bench.submit(&[4.0]));
+    assert_eq!((bench.queued(), first.made.load(Ordering::SeqCst), second.made.load(Ordering::SeqCst)), (1, 1, 2));
+    first.release();
+    second.release();
+    for submitted in waiting {
+        done(submitted).await.unwrap();
+    }
+    bench.join();
+}
+
+#[tokio::test]
+async fn an_instance_that_panicked_is_made_again_in_its_own_group() {
+    let (first, second) = (Arc::<Script>::default(), Arc::<Script>::default());
+    let groups = vec![group(&first, 1, 0), group(&second, 1, 1)];
+    let bench = Bench::with(&first, groups, Config { linger: Duration::ZERO, ..Bench::config() });
+    assert_eq!(kind(bench.submit(&[PANIC])).await, Kind::BackendFailed);
+    bench.wait_for_an_end(|state| state.workers == 0);
+    second.hold();
+    first.hold();
+    let waiting = [bench.submit(&[1.0]), bench.send(Prepared { key: [1].into(), ..Bench::prepared(&[2.0]) })];
+    first.wait_for_runs_inside(1);
+    second.wait_for_runs_inside(1);
+    assert_eq!((first.made.load(Ordering::SeqCst), second.made.load(Ordering::SeqCst)), (2, 1));
+    first.release();
+    second.release();
+    for submitted in waiting {
+        done(submitted).await.unwrap();
+    }
+    bench.join();
+}
+
+#[tokio::test]
+async fn what_computes_elsewhere_runs_while_every_core_is_taken() {
+    let script = Arc::default();
+    let bench = Bench::with(&script, vec![group(&script, 1, 0)], Bench::config());
+    let all = bench.gate.acquire(usize::MAX);
+    assert_eq!(values(bench.submit(&[1.0])).await, [2.0]);
+    drop(all);
     bench.join();
 }
 
@@ -645,8 +719,8 @@ async fn with_a_delay_a_batch_waits_until_it_is_full_due_or_closed() {
 /// The worker that a full lane wakes takes the head of another lane; somebody must still come for the full one.
 #[tokio::test]
 async fn a_full_lane_does_not_wait_for_the_worker_that_took_anothers_head() {
-    let config = Config { instances: 2, preferred_rows: 2, max_delay: batcher::MAX_DELAY, ..Bench::config() };
-    let bench = Bench::new(config);
+    let config = Config { preferred_rows: 2, max_delay: batcher::MAX_DELAY, ..Bench::config() };
+    let bench = Bench::of(2, config);
     let keyed = |key: usize, value| Prepared { key: [key].into(), ..Bench::prepared(&[value]) };
     bench.script.hold();
     let mut waiting = vec![bench.send(keyed(1, 1.0)), bench.send(keyed(2, 2.0))];
@@ -669,7 +743,7 @@ async fn a_full_lane_does_not_wait_for_the_worker_that_took_anothers_head() {
 fn nobody_gets_anothers_rows_under_load() {
     const CALLERS: usize = 16;
     const REQUESTS: usize = 400;
-    let bench = Bench::new(Config { instances: 3, preferred_rows: 8, ..Bench::config() });
+    let bench = Bench::of(3, Config { preferred_rows: 8, ..Bench::config() });
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
     thread::scope(|scope| {
         for caller in 0..CALLERS {

@@ -1,7 +1,8 @@
 //! How many instances of a model run at once and with how many threads each. Pure: cores and wishes in, plan out.
 //!
-//! Invariant: instances × threads ≤ cores. One thread per instance is the default, because several requests side by
-//! side use cores better than one request spread over them, and an engine without a thread pool never spins.
+//! Invariant: on the CPU, instances × threads ≤ cores. One thread per instance is the default, because several requests
+//! side by side use cores better than one request spread over them, and an engine without a thread pool never spins.
+//! On a GPU one instance is the default: a second one costs the weights once more and shares the same device.
 
 use std::fmt;
 
@@ -39,6 +40,8 @@ pub enum Reason {
     CopiesTooLarge {
         weights_bytes: u64,
     },
+    /// One instance on a GPU.
+    OnePerGpu,
     Configured,
     /// The configuration asks for more than there is.
     ConfiguredBeyondCores {
@@ -75,6 +78,18 @@ impl ThreadPlan {
     }
 }
 
+impl ThreadPlan {
+    /// For a device that computes by itself: the cores bound the threads, which feed it, but not the instances.
+    pub fn on_gpu(cores: usize, instances: Option<usize>, threads: Option<usize>) -> ThreadPlan {
+        let reason = match (instances, threads) {
+            (None, None) => Reason::OnePerGpu,
+            _ => Reason::Configured,
+        };
+        let threads = threads.unwrap_or(1).clamp(1, cores.max(1));
+        ThreadPlan { instances: instances.unwrap_or(1).max(1), threads, reason }
+    }
+}
+
 /// The most instances whose weights fit [`MAX_COPIED_WEIGHTS_BYTES`] together and which divide the cores evenly, so
 /// that none is left over.
 fn affordable_instances(cores: usize, wish: &Wish) -> usize {
@@ -97,6 +112,7 @@ impl fmt::Display for ThreadPlan {
                 weights_bytes >> 20,
                 MAX_COPIED_WEIGHTS_BYTES >> 20
             ),
+            Reason::OnePerGpu => write!(f, "one on a GPU"),
             Reason::Configured => write!(f, "as configured"),
             Reason::ConfiguredBeyondCores { cores } => write!(f, "the configured number, cut to {cores} core(s)"),
         }
@@ -144,6 +160,14 @@ mod tests {
             let expected = ThreadPlan { instances, threads, reason };
             assert_eq!(plan(cores, i, t, mib, share), expected, "{cores} cores, {i:?} × {t:?}, {mib} MiB, {share}");
         }
+    }
+
+    #[test]
+    fn a_gpu_has_one_instance_or_as_many_as_are_asked_for() {
+        let plan = |instances, threads| ThreadPlan::on_gpu(2, instances, threads);
+        assert_eq!(plan(None, None), ThreadPlan { instances: 1, threads: 1, reason: Reason::OnePerGpu });
+        assert_eq!(plan(Some(8), None), ThreadPlan { instances: 8, threads: 1, reason: Reason::Configured });
+        assert_eq!(plan(None, Some(9)), ThreadPlan { instances: 1, threads: 2, reason: Reason::Configured });
     }
 
     proptest! {

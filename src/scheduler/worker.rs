@@ -23,6 +23,8 @@ const MAX_THREAD_NAME_BYTES: usize = 15;
 
 struct Worker {
     shared: Arc<Shared>,
+    /// Whose instance it owns.
+    group: usize,
     /// `None` after a panic, until it has been made anew.
     instance: Option<Box<dyn Instance>>,
     /// Counted in `State::heading`.
@@ -48,23 +50,25 @@ impl Shared {
     /// more while the others work. Starts none where there are as many as there may be, or where another is about to
     /// be free: one caller that sends request after request is no reason for a second instance.
     pub(super) fn start_worker(self: &Arc<Self>, state: &mut State) {
-        let instance = state.instances.pop();
-        let grow = instance.is_none() && state.slots > 0;
-        if grow && (state.growing || state.returning > 0 || state.closed || state.slots >= state.max_slots) {
+        let (group, instance) = state.take_idle().map_or((None, None), |(group, idle)| (Some(group), Some(idle)));
+        let grow = instance.is_none() && state.has_instances();
+        if grow && (state.growing || state.returning > 0 || state.closed) {
             return;
         }
+        let Some(group) = group.or_else(|| state.group_with_room()) else { return };
         let (heading, new_slot) = (!grow, instance.is_none());
         let name = thread_name(&self.name, state.workers);
         let shared = Arc::clone(self);
         let begin = move || {
-            let worker = Worker { shared, instance, heading, returning: false, running: 0, executed: Vec::new() };
+            let (returning, running, executed) = (false, 0, Vec::new());
+            let worker = Worker { shared, group, instance, heading, returning, running, executed };
             worker.work(grow);
         };
         match thread::Builder::new().name(name).spawn(begin) {
             Ok(handle) => {
                 state.workers += 1;
                 state.heading += usize::from(heading);
-                state.slots += usize::from(new_slot);
+                state.slots[group].taken += usize::from(new_slot);
                 state.growing |= grow;
                 state.handles.retain(|handle| !handle.is_finished());
                 state.handles.push(handle);
@@ -72,7 +76,7 @@ impl Shared {
             Err(error) => {
                 tracing::error!(version = &*self.name, %error, "cannot start a worker thread");
                 // The instance went with the thread that never was; it is made again when there are threads again.
-                state.slots -= usize::from(!new_slot);
+                state.slots[group].taken -= usize::from(!new_slot);
                 self.refuse_if_deserted(state);
             }
         }
@@ -90,8 +94,8 @@ impl Shared {
     }
 
     /// A new instance; a panic of the engine is an error like any other.
-    fn make_instance(&self) -> Result<Box<dyn Instance>, String> {
-        match catch_unwind(AssertUnwindSafe(|| self.model.instance())) {
+    fn make_instance(&self, group: usize) -> Result<Box<dyn Instance>, String> {
+        match catch_unwind(AssertUnwindSafe(|| self.engines[group].model.instance())) {
             Ok(made) => made.map_err(|error| error.to_string()),
             Err(panic) => Err(format!("panic: {}", panic_text(&*panic))),
         }
@@ -103,9 +107,9 @@ impl Worker {
         if grow && !self.grow() {
             return;
         }
-        let (gate, threads) = (Arc::clone(&self.shared.gate), self.shared.config.threads);
+        let (gate, cores) = (Arc::clone(&self.shared.gate), self.shared.engines[self.group].cores);
         while self.find_work() {
-            let turn = gate.acquire(threads);
+            let turn = gate.acquire(cores);
             let jobs = self.take();
             self.serve(jobs);
             drop(turn);
@@ -113,9 +117,9 @@ impl Worker {
         }
     }
 
-    /// Makes one more instance. If that fails, the version makes do with those it has.
+    /// Makes one more instance. If that fails, the group makes do with those it has.
     fn grow(&mut self) -> bool {
-        let made = self.shared.make_instance();
+        let made = self.shared.make_instance(self.group);
         let mut state = lock(&self.shared.state);
         state.growing = false;
         match made {
@@ -125,8 +129,9 @@ impl Worker {
             }
             Err(error) => {
                 // This worker's own slot goes when it ends.
-                state.max_slots = state.slots - 1;
-                let instances = state.max_slots;
+                let slots = &mut state.slots[self.group];
+                slots.most = slots.taken - 1;
+                let instances = slots.most;
                 drop(state);
                 tracing::warn!(version = &*self.shared.name, error, instances, "cannot make another instance");
                 false
@@ -259,7 +264,7 @@ impl Worker {
 
     fn ensure_instance(&mut self) -> Result<(), Error> {
         if self.instance.is_none() {
-            let made = self.shared.make_instance().map_err(|error| {
+            let made = self.shared.make_instance(self.group).map_err(|error| {
                 tracing::error!(version = &*self.shared.name, error, "cannot make an instance");
                 Error::new(Kind::BackendFailed, format!("`{}` has no working instance", self.shared.name))
             })?;
@@ -323,7 +328,7 @@ impl Worker {
                 return Err(RunError::Failed("the backend panicked".into()));
             }
         };
-        let (found, expected) = (outputs.len(), self.shared.model.signature().outputs.len());
+        let (found, expected) = (outputs.len(), self.shared.outputs);
         if found != expected {
             return Err(RunError::Failed(format!("the backend gave {found} outputs, expected {expected}")));
         }
@@ -349,8 +354,8 @@ impl Drop for Worker {
         state.returning -= usize::from(self.returning);
         state.workers -= 1;
         match instance {
-            Some(instance) => state.instances.push(instance),
-            None => state.slots -= 1,
+            Some(instance) => state.instances.push((self.group, instance)),
+            None => state.slots[self.group].taken -= 1,
         }
         let call = shared.summon(&mut state);
         drop(state);

@@ -8,6 +8,7 @@ mod batching;
 mod cli;
 mod control;
 mod deadlines;
+mod devices;
 mod edges;
 mod faults;
 mod goldens;

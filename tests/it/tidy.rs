@@ -28,7 +28,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 /// Dependency → the files or folders under src/ that may name it. Every dependency stands here or in [`ANYWHERE`].
 const CRATES: &[(&str, &[&str])] = &[
     ("ort", &["backend/onnxruntime"]),
-    ("libloading", &["backend/onnxruntime"]),
+    ("libloading", &["backend/onnxruntime", "backend/gpus.rs"]),
     ("tract_onnx", &["backend/tract"]),
     ("candle_core", &["backend/candle"]),
     ("gemm", &["backend/candle"]),

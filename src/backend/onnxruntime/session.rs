@@ -12,7 +12,7 @@ use ort::value::{Outlet, ValueType};
 use super::values::{Aligned, borrowed_value, bytes_of, datatype, failed, run_error, string_value, tensor_of};
 use super::{NAME, clean, refused};
 use crate::backend::onnx::Description;
-use crate::backend::{Artifact, Batch, Device, Instance, LoadError, LoadOptions, Model, RunError};
+use crate::backend::{Artifact, Batch, Device, Instance, LoadError, LoadOptions, Model, RunError, gpus};
 use crate::tensor::{DataType, Dim, OutputKind, Signature, Tensor, TensorSpec};
 
 /// An input's gather buffer that grew larger than this is freed after the run, so that one big batch does not hold its
@@ -51,7 +51,14 @@ pub(super) fn session(
         }),
         Device::Cuda(id) => {
             let number = i32::try_from(id).unwrap_or(i32::MAX);
-            let cuda = ort::ep::CUDA::default().with_device_id(number).build().error_on_failure();
+            // FP32 is computed as such, so that answers are those of the CPU and of rows alone. Convolutions are not
+            // tried out for every shape: batches have many.
+            let cuda = ort::ep::CUDA::default()
+                .with_device_id(number)
+                .with_tf32(false)
+                .with_conv_algorithm_search(ort::ep::cuda::ConvAlgorithmSearch::Heuristic)
+                .build()
+                .error_on_failure();
             let with_device = build()
                 .and_then(|builder| Ok(builder.with_execution_providers([cuda])?))
                 .map_err(|error| no_device(options.device, &said(error)))?;
@@ -67,10 +74,12 @@ pub(super) fn session(
 }
 
 fn no_device(device: Device, reason: &str) -> LoadError {
+    let there = gpus::told(&gpus::count());
     LoadError::Unavailable(format!(
-        "device `{device}` cannot be used: {reason}; it takes a CUDA build of ONNX Runtime (the library in the wheel \
-         onnxruntime-gpu, named by ORT_DYLIB_PATH), the CUDA and cuDNN libraries that build asks for, and an NVIDIA \
-         driver"
+        "device `{device}` cannot be used: {reason}; {there}; it takes a CUDA build of ONNX Runtime (the libraries in \
+         the wheel onnxruntime-gpu, named by ORT_DYLIB_PATH or the setting `onnxruntime`), the CUDA and cuDNN \
+         libraries which that build asks for (in LD_LIBRARY_PATH), and an NVIDIA driver; or `device = \"cpu\"`, or \
+         `device_fallback = \"cpu\"`"
     ))
 }
 

@@ -282,7 +282,7 @@ fn a_device_that_is_not_there_is_named_with_what_it_takes() {
     let cuda = LoadOptions { device: Device::Cuda(0), threads: 1 };
     match runtime.load(&identity(DataType::Fp32), &cuda) {
         Err(LoadError::Unavailable(message)) => {
-            let wanted = ["`cuda:0`", "onnxruntime-gpu", "driver"];
+            let wanted = ["`cuda:0`", "onnxruntime-gpu", "NVIDIA driver", "`device_fallback = \"cpu\"`"];
             assert!(wanted.iter().all(|word| message.contains(word)), "{message}");
         }
         Err(other) => panic!("{other:?}"),

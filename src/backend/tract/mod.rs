@@ -51,7 +51,8 @@ impl Backend for Tract {
         if options.device != Device::Cpu {
             let device = options.device;
             return Err(LoadError::Unavailable(format!(
-                "tract runs on the CPU only, found device {device}: use the backend onnxruntime"
+                "device `{device}` cannot be used: tract runs on the CPU only; use `backend = \"onnxruntime\"`, or \
+                 `device = \"cpu\"`"
             )));
         }
         let description = artifact.onnx(NAME)?;
