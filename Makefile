@@ -1,6 +1,7 @@
 # make build   the server, with ONNX Runtime's library beside it
 # make run     serve the example registry
 # make test    everything a contributor needs: format, lints, unit, integration and client tests
+# make check-cuda   type-check the build with candle on GPUs, without CUDA
 # make models  train the example models again (large Python packages)
 # make bench   micro-benchmarks
 # make conformance   the ONNX project's node tests through the server, on both engines, and what it takes to hold them
@@ -10,7 +11,7 @@ CARGO ?= cargo
 BIN := target/release/tidegate
 CLIENTS := target/clients-venv
 
-.PHONY: build run test lint unit clients conformance models bench bless clean
+.PHONY: build run test lint unit clients conformance check-cuda models bench bless clean
 
 build: target/release/.onnxruntime
 	$(CARGO) build --release --locked
@@ -51,6 +52,12 @@ clients: unit $(CLIENTS)/.installed
 conformance: build $(CLIENTS)/.installed
 	$(CLIENTS)/bin/python -B tests/clients/conformance.py --engine onnxruntime
 	$(CLIENTS)/bin/python -B tests/clients/conformance.py --engine tract
+
+# Not a part of `make test`: it compiles candle-core once more. CUDA's own compiler is played by a script, for the
+# versions and the architecture named here; nothing is compiled for a GPU.
+check-cuda:
+	NVCC=$(CURDIR)/scripts/fake-nvcc CUDA_HOME=$(CURDIR)/target CUDA_COMPUTE_CAP=80 CUDARC_CUDA_VERSION=13000 \
+		$(CARGO) clippy --release --locked --all-targets --features cuda -- --deny warnings
 
 target/models-venv/.installed: models/requirements.txt
 	$(PYTHON) -m venv target/models-venv

@@ -61,8 +61,8 @@ struct Dense {
 }
 
 struct Norm {
-    weight: Vec<f32>,
-    bias: Vec<f32>,
+    weight: Tensor,
+    bias: Tensor,
     eps: f64,
 }
 
@@ -90,12 +90,12 @@ impl Dense {
 
 impl Norm {
     fn load(name: &str, eps: f64, tensors: &Tensors) -> std::result::Result<Norm, LoadError> {
-        let vector = |part: &str| tensors.vector(&format!("{name}.{part}"));
-        Ok(Norm { weight: vector("weight")?, bias: vector("bias")?, eps })
+        let part = |part: &str| tensors.tensor(&format!("{name}.{part}"));
+        Ok(Norm { weight: part("weight")?, bias: part("bias")?, eps })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(x, self.weight.len(), Some(&self.weight), Some(&self.bias), self.eps)
+        ops::layer_norm(x, self.weight.elem_count(), Some(&self.weight), Some(&self.bias), self.eps)
     }
 }
 
@@ -164,8 +164,9 @@ impl EncoderNetwork {
     /// One tensor per output of the signature.
     pub fn forward(&self, tokens: &Tokens) -> Result<Vec<Tensor>> {
         let shape = (tokens.rows, tokens.length);
-        let mask = Tensor::from_slice(&tokens.mask, shape, &Device::Cpu)?;
-        let bias = if tokens.mask.contains(&0) { Some(scores_of(&tokens.mask, shape)?) } else { None };
+        let device = self.words.device();
+        let mask = Tensor::from_slice(&tokens.mask, shape, device)?;
+        let bias = if tokens.mask.contains(&0) { Some(scores_of(&tokens.mask, shape, device)?) } else { None };
         let mut x = self.embed(tokens)?;
         for block in &self.blocks {
             x = block.forward(&x, bias.as_ref(), self.encoder.heads, self.encoder.activation)?;
@@ -183,7 +184,7 @@ impl EncoderNetwork {
 
     fn embed(&self, tokens: &Tokens) -> Result<Tensor> {
         let shape = (tokens.rows, tokens.length);
-        let indices = |values: &[u32]| Tensor::from_slice(values, shape, &Device::Cpu);
+        let indices = |values: &[u32]| Tensor::from_slice(values, shape, self.words.device());
         let words = embed(&self.words, &indices(&tokens.ids)?)?;
         let positions = embed(&self.positions, &indices(&positions(&self.encoder, tokens))?)?;
         let mut sum = words;
@@ -230,9 +231,9 @@ pub fn positions(encoder: &Encoder, tokens: &Tokens) -> Vec<u32> {
 }
 
 /// What is added to the scores: nothing for tokens, the lowest number for padding.
-fn scores_of(mask: &[u32], (rows, length): (usize, usize)) -> Result<Tensor> {
+fn scores_of(mask: &[u32], (rows, length): (usize, usize), device: &Device) -> Result<Tensor> {
     let scores: Vec<f32> = mask.iter().map(|kept| if *kept == 0 { f32::MIN } else { 0.0 }).collect();
-    Tensor::from_vec(scores, (rows, 1, 1, length), &Device::Cpu)
+    Tensor::from_vec(scores, (rows, 1, 1, length), device)
 }
 
 /// `x` [rows, tokens, hidden] and `mask` [rows, tokens] to [rows, hidden].

@@ -1,4 +1,5 @@
-//! candle: safetensors models on the CPU, computed in FP32 whatever the weights are stored in.
+//! candle: safetensors models on the CPU, and on NVIDIA GPUs where the cargo feature `cuda` is built in. Computed in FP32
+//! whatever the weights are stored in.
 //!
 //! Owns the weights in memory and the arithmetic of layers and encoders; what they are and whether the files fit is known
 //! from [`safetensors`](super::safetensors). Nothing else in the crate names candle, or the libraries it computes with.
@@ -7,8 +8,11 @@
 //! in slices that are small enough, and a request that cannot be is refused before anything is computed.
 //!
 //! Threads: a network is immutable and shared by all instances of a version. A run computes in a pool of as many threads
-//! as the version was loaded for, [lent](lent) for the run; the caller's thread waits.
+//! as the version was loaded for, [lent](lent) for the run; the caller's thread waits. On a GPU the caller's thread
+//! launches the work, and runs of a version take turns: candle gives every thread a stream of its own, but all of them one
+//! cuBLAS handle with its workspace. What a thread has begun is finished before another one begins.
 
+mod composed;
 mod encoder;
 mod lent;
 mod ops;
@@ -17,15 +21,15 @@ mod sequential;
 mod tensors;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{Storage, Tensor as Computed};
+use candle_core::{Device as Place, Tensor as Computed};
 
 use super::safetensors::Architecture;
 use super::safetensors::encoder::{ATTENTION_MASK, Encoder, INPUT_IDS, TOKEN_TYPE_IDS};
 use super::safetensors::layers::{Kind, Sequential};
 use super::text::first_line;
-use super::{Artifact, Backend, Batch, BatchInput, Device, Instance, LoadError, LoadOptions, Model, RunError};
+use super::{Artifact, Backend, Batch, BatchInput, Device, Instance, LoadError, LoadOptions, Model, RunError, gpus};
 use crate::tensor::{DataType, OutputKind, Shape, Signature, Tensor, TensorSpec};
 use encoder::{EncoderNetwork, Tokens};
 use lent::Pools;
@@ -63,15 +67,12 @@ impl Backend for Candle {
     }
 
     fn load(&self, artifact: &Artifact, options: &LoadOptions) -> Result<Arc<dyn Model>, LoadError> {
-        if options.device != Device::Cpu {
-            let device = options.device;
-            return Err(LoadError::Unavailable(format!("candle runs on the CPU only, found device {device}")));
-        }
         let super::Description::Safetensors(description) = &*artifact.description else {
             let message = "found an ONNX file, expected a safetensors model: use onnxruntime or tract";
             return Err(refused(message));
         };
-        let tensors = Tensors::open(&artifact.path, &description.places)?;
+        let place = place(options.device)?;
+        let tensors = Tensors::open(&artifact.path, &description.places, &place)?;
         let network = match &description.architecture {
             Architecture::Sequential(declared) => {
                 let coupled = description.couples_rows.is_some();
@@ -83,9 +84,11 @@ impl Backend for Candle {
                 Computing::Encoder { network, declared: declared.clone() }
             }
         };
+        // The weights go there in this thread's stream; those that run wait for their own.
+        place.synchronize().map_err(|error| unusable(options.device, &text_of(&error)))?;
         let (signature, max_elements) = (description.signature.clone(), self.max_elements);
         let model = CandleModel {
-            shared: Arc::new(Shared { network, signature, max_elements }),
+            shared: Arc::new(Shared { network, signature, max_elements, place, turn: Mutex::new(()) }),
             output_kinds: description.output_kinds.clone(),
             warnings: description.warnings.clone(),
             threads: options.threads,
@@ -93,6 +96,35 @@ impl Backend for Candle {
         };
         Ok(Arc::new(model))
     }
+}
+
+#[cfg(feature = "cuda")]
+fn place(device: Device) -> Result<Place, LoadError> {
+    match device {
+        Device::Cpu => Ok(Place::Cpu),
+        Device::Cuda(id) => Place::new_cuda(id as usize).map_err(|error| unusable(device, &text_of(&error))),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn place(device: Device) -> Result<Place, LoadError> {
+    match device {
+        Device::Cpu => Ok(Place::Cpu),
+        Device::Cuda(_) => Err(LoadError::Unavailable(format!(
+            "device `{device}` cannot be used: this binary was built without the cargo feature `cuda`, and computes \
+             safetensors models on the CPU only; build it with `cargo build --release --features cuda`, which takes \
+             CUDA's toolkit and makes a binary that starts only where the NVIDIA driver is; or use `device = \"cpu\"`, or \
+             `device_fallback = \"cpu\"`"
+        ))),
+    }
+}
+
+fn unusable(device: Device, reason: &str) -> LoadError {
+    let there = gpus::told(&gpus::count());
+    LoadError::Unavailable(format!(
+        "device `{device}` cannot be used: {reason}; {there}; use another one, `device = \"cpu\"`, or \
+         `device_fallback = \"cpu\"`"
+    ))
 }
 
 fn refused(message: impl Into<String>) -> LoadError {
@@ -117,6 +149,9 @@ struct Shared {
     network: Computing,
     signature: Signature,
     max_elements: usize,
+    place: Place,
+    /// Held for a run on a GPU.
+    turn: Mutex<()>,
 }
 
 enum Computing {
@@ -166,10 +201,17 @@ impl Instance for CandleInstance {
         let shared = &self.shared;
         let run = || match &shared.network {
             Computing::Sequential { network, declared, coupled } => {
-                run_sequential(network, declared, *coupled, batch, shared.max_elements)
+                run_sequential(network, declared, *coupled, batch, shared)
             }
             Computing::Encoder { network, declared } => run_encoder(network, declared, batch, shared),
         };
+        if !shared.place.is_cpu() {
+            let _turn = shared.turn.lock().unwrap_or_else(PoisonError::into_inner);
+            let outputs = run();
+            // After a failure, too, something may still be running.
+            let finished = shared.place.synchronize().map_err(run_error);
+            return outputs.and_then(|outputs| finished.map(|()| outputs));
+        }
         self.pools
             .run(self.threads, run)
             .unwrap_or_else(|error| Err(RunError::Failed(format!("candle's threads cannot be started: {error}"))))
@@ -181,8 +223,10 @@ fn run_sequential(
     declared: &Sequential,
     coupled: bool,
     batch: &Batch,
-    max_elements: usize,
+    shared: &Shared,
 ) -> Result<Vec<Tensor>, RunError> {
+    let Shared { max_elements, place, .. } = shared;
+    let max_elements = *max_elements;
     let input = batch.input(0);
     let name = &declared.input.name;
     let blamed =
@@ -201,8 +245,8 @@ fn run_sequential(
     });
     let dims = input.shape().dims().to_vec();
     let x = match embedded {
-        Some(rows) => Computed::from_vec(indices(&input, name, rows)?, dims, &candle_core::Device::Cpu),
-        None => Computed::from_vec(elements::<f32>(&input), dims, &candle_core::Device::Cpu),
+        Some(rows) => Computed::from_vec(indices(&input, name, rows)?, dims, place),
+        None => Computed::from_vec(elements::<f32>(&input), dims, place),
     };
     let x = x.map_err(run_error)?;
     joined.compute(rows, slices, |slice| Ok(vec![network.forward(x.narrow(0, slice.start, slice.len())?)?]))
@@ -303,12 +347,11 @@ impl Joined {
     }
 }
 
-/// One copy into memory that the answer owns.
+/// One copy into memory that the answer owns; from a GPU by way of candle's own.
 fn append(output: &mut Vec<f32>, computed: &Computed) -> candle_core::Result<()> {
-    let computed = computed.contiguous()?;
+    let computed = computed.contiguous()?.to_device(&Place::Cpu)?;
     let (storage, layout) = computed.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { candle_core::bail!("a tensor elsewhere than on the CPU") };
-    output.extend_from_slice(ops::elements(storage, layout)?);
+    output.extend_from_slice(ops::held(&storage, layout)?);
     Ok(())
 }
 

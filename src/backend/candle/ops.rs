@@ -1,10 +1,11 @@
 //! Operations that candle has not, or has with other semantics than PyTorch's: not-a-numbers go through, variances are
 //! computed in two passes, pools have padding. Each works on contiguous FP32 and shares its work out among the threads of
-//! the pool that it runs in.
+//! the pool that it runs in; on another device than the CPU it is [`composed`] of candle's own.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
+use super::composed;
 use crate::backend::safetensors::layers::{Activation, Pool, Pooled};
 
 /// Elements that one thread takes at a time.
@@ -15,6 +16,14 @@ pub fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32
     match layout.contiguous_offsets() {
         Some((from, to)) => Ok(&storage.as_slice::<f32>()?[from..to]),
         None => bail!("a tensor in pieces, expected it contiguous"),
+    }
+}
+
+/// The same of a tensor that is on the CPU.
+pub fn held<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
+    match storage {
+        Storage::Cpu(storage) => elements(storage, layout),
+        _ => bail!("a tensor elsewhere than on the CPU"),
     }
 }
 
@@ -73,6 +82,9 @@ fn each_row(x: &Tensor, width: usize, of: impl Fn(&[f32], &mut [f32]) + Sync) ->
 
 // Comparisons are written so that a NaN fails them and is handed on.
 pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::activate(x, activation);
+    }
     match activation {
         Activation::Relu => each(x, |x| if x < 0.0 { 0.0 } else { x }),
         Activation::Relu6 => each(x, relu6),
@@ -116,6 +128,9 @@ fn softplus(x: f32) -> f32 {
 
 /// Over the last axis.
 pub fn softmax_last(x: &Tensor, log: bool) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::softmax(x, x.rank().saturating_sub(1), log);
+    }
     let width = x.dims().last().copied().unwrap_or(1).max(1);
     each_row(x, width, move |from, to| {
         let greatest = from.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -144,7 +159,19 @@ pub fn softmax(x: &Tensor, axis: usize, log: bool) -> Result<Tensor> {
 }
 
 /// Scales each row of `width` elements to mean 0 and variance 1, then by `weight`, and adds `bias`, where there are any.
-pub fn layer_norm(x: &Tensor, width: usize, weight: Option<&[f32]>, bias: Option<&[f32]>, eps: f64) -> Result<Tensor> {
+pub fn layer_norm(
+    x: &Tensor,
+    width: usize,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::layer_norm(x, width, weight, bias, eps);
+    }
+    let parts = [weight, bias].map(|part| part.map(Tensor::storage_and_layout));
+    let [weight, bias] = parts.each_ref().map(|part| part.as_ref().map(|(storage, layout)| held(storage, layout)));
+    let (weight, bias) = (weight.transpose()?, bias.transpose()?);
     each_row(x, width.max(1), move |from, to| {
         let mean = from.iter().map(|x| f64::from(*x)).sum::<f64>() / width as f64;
         let variance = from.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / width as f64;
@@ -158,6 +185,9 @@ pub fn layer_norm(x: &Tensor, width: usize, weight: Option<&[f32]>, bias: Option
 
 /// Scales each row of the last axis to length 1; what is shorter than `least` is divided by that.
 pub fn normalize(x: &Tensor, least: f32) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::normalize(x, least);
+    }
     let width = x.dims().last().copied().unwrap_or(1).max(1);
     each_row(x, width, move |from, to| {
         let length = from.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() as f32;
@@ -168,6 +198,9 @@ pub fn normalize(x: &Tensor, least: f32) -> Result<Tensor> {
 
 /// Pools the last two axes of [batch, channels, height, width] into `windows`.
 pub fn pool(x: &Tensor, pool: &Pool, windows: [usize; 2]) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::pool(x, pool, windows);
+    }
     x.contiguous()?.apply_op1_no_bwd(&Windows { pool, windows })
 }
 

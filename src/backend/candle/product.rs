@@ -2,12 +2,13 @@
 //!
 //! candle's own ask the system how many cores there are with every product, which on Linux reads a file for as long as a
 //! small product takes, and its convolutions have one stride and one padding for both axes. These take the threads of the
-//! pool that they run in.
+//! pool that they run in; on another device than the CPU they are [`composed`] of candle's own.
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
+use super::composed;
 use super::ops::elements;
 use crate::backend::safetensors::layers::Conv;
 
@@ -90,11 +91,17 @@ fn multiply(x: &Matrix, y: &Matrix, target: &mut [f32], step: usize) {
 
 /// `x` [.., m, k] times `y` [.., k, n]; their leading axes are the same.
 pub fn product(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::product(x, y);
+    }
     x.contiguous()?.apply_op2_no_bwd(&y.contiguous()?, &Product { transposed: false })
 }
 
 /// `x` [.., m, k] times the transpose of `y` [.., n, k]; their leading axes are the same.
 pub fn product_transposed(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::product_transposed(x, y);
+    }
     x.contiguous()?.apply_op2_no_bwd(&y.contiguous()?, &Product { transposed: true })
 }
 
@@ -141,6 +148,9 @@ impl CustomOp2 for Product {
 /// `x` [batch, channels, height, width], `weight` [outputs, channels / groups, kernel height, kernel width], to
 /// [batch, outputs, `extents`].
 pub fn convolve(x: &Tensor, weight: &Tensor, conv: &Conv, extents: [usize; 2]) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed::convolve(x, weight, conv, extents);
+    }
     x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Convolution { conv, extents })
 }
 

@@ -29,8 +29,8 @@ enum Step {
     },
     LayerNorm {
         width: usize,
-        weight: Option<Vec<f32>>,
-        bias: Option<Vec<f32>>,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
         eps: f64,
     },
     Pool(Pool),
@@ -69,7 +69,6 @@ impl Network {
 
 fn step(layer: &Layer, tensors: &Tensors) -> std::result::Result<Option<Step>, LoadError> {
     let tensor = |part: &str| tensors.tensor(&layer.tensor(part));
-    let vector = |part: &str| tensors.vector(&layer.tensor(part));
     Ok(Some(match &layer.kind {
         Kind::Linear { bias, .. } => {
             Step::Linear { weight: tensor("weight")?, bias: bias.then(|| tensor("bias")).transpose()? }
@@ -80,20 +79,23 @@ fn step(layer: &Layer, tensors: &Tensors) -> std::result::Result<Option<Step>, L
             bias: conv.bias.then(|| tensor("bias")).transpose()?,
         },
         Kind::BatchNorm { eps, affine, .. } => {
-            let mut scale: Vec<f32> =
-                vector("running_var")?.iter().map(|v| (1.0 / (f64::from(*v) + eps).sqrt()) as f32).collect();
+            let mut scale: Vec<f32> = tensors
+                .vector(&layer.tensor("running_var"))?
+                .iter()
+                .map(|v| (1.0 / (f64::from(*v) + eps).sqrt()) as f32)
+                .collect();
             if *affine {
-                scale.iter_mut().zip(vector("weight")?).for_each(|(scale, weight)| *scale *= weight);
+                let weight = tensors.vector(&layer.tensor("weight"))?;
+                scale.iter_mut().zip(weight).for_each(|(scale, weight)| *scale *= weight);
             }
             let channels = scale.len();
-            let scale = Tensor::from_vec(scale, channels, &candle_core::Device::Cpu)
-                .map_err(|error| super::refused(super::text_of(&error)))?;
+            let scale = tensors.placed(scale, &[channels], "running_var")?;
             Step::BatchNorm { mean: tensor("running_mean")?, scale, bias: affine.then(|| tensor("bias")).transpose()? }
         }
         Kind::LayerNorm { shape, eps, weight, bias } => Step::LayerNorm {
             width: shape.iter().product(),
-            weight: weight.then(|| vector("weight")).transpose()?,
-            bias: bias.then(|| vector("bias")).transpose()?,
+            weight: weight.then(|| tensor("weight")).transpose()?,
+            bias: bias.then(|| tensor("bias")).transpose()?,
             eps: *eps,
         },
         Kind::Pool(pool) => Step::Pool(pool.clone()),
@@ -121,7 +123,7 @@ impl Step {
                 }
             }
             Step::LayerNorm { width, weight, bias, eps } => {
-                ops::layer_norm(x, *width, weight.as_deref(), bias.as_deref(), *eps)
+                ops::layer_norm(x, *width, weight.as_ref(), bias.as_ref(), *eps)
             }
             Step::Pool(pool) => pooled(x, pool),
             Step::GlobalAveragePool(axes) => match axes {

@@ -1,5 +1,5 @@
-//! The tensors of a model in this process's own memory, as FP32. Nothing is mapped: a file that shrinks under a map ends
-//! the process.
+//! The tensors of a model as FP32, in this process's own memory or a GPU's. Nothing is mapped: a file that shrinks under a
+//! map ends the process.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,10 +22,16 @@ const CONVERTED_BYTES: usize = 1 << 20;
 pub struct Tensors<'a> {
     places: &'a BTreeMap<String, Place>,
     files: BTreeMap<&'a str, File>,
+    device: &'a Device,
 }
 
 impl<'a> Tensors<'a> {
-    pub fn open(folder: &Path, places: &'a BTreeMap<String, Place>) -> Result<Tensors<'a>, LoadError> {
+    /// `device`: where tensors are put.
+    pub fn open(
+        folder: &Path,
+        places: &'a BTreeMap<String, Place>,
+        device: &'a Device,
+    ) -> Result<Tensors<'a>, LoadError> {
         let mut files = BTreeMap::new();
         for place in places.values() {
             if !files.contains_key(&*place.file) {
@@ -33,7 +39,7 @@ impl<'a> Tensors<'a> {
                 files.insert(&*place.file, file);
             }
         }
-        Ok(Tensors { places, files })
+        Ok(Tensors { places, files, device })
     }
 
     pub fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
@@ -45,8 +51,15 @@ impl<'a> Tensors<'a> {
 
     pub fn tensor(&self, name: &str) -> Result<Tensor, LoadError> {
         let dims = self.place(name)?.stored.dims.as_slice();
-        let tensor = Tensor::from_vec(self.vector(name)?, dims, &Device::Cpu);
-        tensor.map_err(|error| super::refused(format!("tensor `{}`: {error}", quoted(name))))
+        self.placed(self.vector(name)?, dims, name)
+    }
+
+    /// A GPU that cannot take it is one that cannot be used.
+    pub fn placed(&self, values: Vec<f32>, dims: &[usize], name: &str) -> Result<Tensor, LoadError> {
+        Tensor::from_vec(values, dims, self.device).map_err(|error| {
+            let message = format!("tensor `{}`: {}", quoted(name), super::text_of(&error));
+            if self.device.is_cpu() { super::refused(message) } else { LoadError::Unavailable(message) }
+        })
     }
 
     fn place(&self, name: &str) -> Result<&'a Place, LoadError> {

@@ -104,8 +104,17 @@ fn other_engines_and_devices_say_who_serves_a_model() {
     let declared = Declared::Sequential(sequential(&[-1, 3], DataType::Fp32, &[LINEAR]));
     let safetensors = artifact(folder.path(), &declared);
     let cuda = LoadOptions { device: Device::Cuda(0), threads: 1 };
-    let error = Candle::default().load(&safetensors, &cuda).err().unwrap().to_string();
-    assert_eq!(error, "candle runs on the CPU only, found device cuda:0");
+    // With the feature the device may be there.
+    if cfg!(not(feature = "cuda")) {
+        let Err(LoadError::Unavailable(error)) = Candle::default().load(&safetensors, &cuda) else {
+            panic!("no refusal")
+        };
+        assert!(error.starts_with("device `cuda:0` cannot be used: this binary was built without"), "{error}");
+        assert!(
+            ["`cuda`", "--features cuda", "`device_fallback = \"cpu\"`"].iter().all(|w| error.contains(w)),
+            "{error}"
+        );
+    }
     let onnx = Arc::new(crate::backend::Description::Onnx(Default::default()));
     let onnx = Artifact { path: PathBuf::new(), description: onnx };
     let error = Candle::default().load(&onnx, &options(1)).err().unwrap().to_string();
