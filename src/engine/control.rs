@@ -77,6 +77,7 @@ mod tests {
             onnxruntime_reason: String::new(),
             details: String::new(),
             broken: false,
+            gpus: || Ok(0),
         };
         let at_start = AtStart::Named([].into());
         let config = Config {

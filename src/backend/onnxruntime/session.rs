@@ -250,9 +250,12 @@ impl Instance for OnnxRuntimeInstance {
         });
         let tensors = tensors.collect();
         drop(values);
-        self.scratch.iter_mut().filter(|buffer| buffer.capacity() * size_of::<Aligned>() > SCRATCH_KEPT_BYTES).for_each(|buffer| {
-            *buffer = Vec::new();
-        });
+        self.scratch
+            .iter_mut()
+            .filter(|buffer| buffer.capacity() * size_of::<Aligned>() > SCRATCH_KEPT_BYTES)
+            .for_each(|buffer| {
+                *buffer = Vec::new();
+            });
         tensors
     }
 }
