@@ -88,6 +88,7 @@ mod tests {
         };
         let monitor = Monitor::new();
         let registry = Registry::start_with(config, engines, 2, Gate::new(2), Arc::clone(&monitor)).unwrap();
+        registry.wait_loaded();
         let (phase, phases) = watch::channel(Phase::Ready);
         let cpu = Pool::new(1).unwrap();
         (Engine::new(registry, monitor, BudgetConfig::default(), load_timeout, phases, cpu), phase)
