@@ -262,7 +262,7 @@ def run(engine, bless):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--engine", choices=["onnxruntime", "tract"], default=ENGINE, help="by default the server's choice")
+    parser.add_argument("--engine", choices=["onnxruntime", "tract"], default=ENGINE, help="default: as the server picks")
     parser.add_argument("--bless", action="store_true", help=f"rewrite {EXPECTED.name}")
     arguments = parser.parse_args()
     try:

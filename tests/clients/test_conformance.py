@@ -1,4 +1,4 @@
-"""The ONNX project's node tests: what ONNX Runtime passes in process passes through the server, the same over both protocols."""
+"""The ONNX project's node tests: what passes in process passes through the server, the same over both protocols."""
 
 from conformance import ask_all, engine_of, failures_in_process, problems, registry
 from node_tests import cases
