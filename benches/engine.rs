@@ -36,6 +36,7 @@ pub fn serve(fake: Fake) -> Served {
         onnxruntime_reason: String::new(),
         details: String::new(),
         broken: false,
+        gpus: || Ok(0),
     };
     let monitor = Monitor::new();
     let registry = Registry::start_with(config, engines, CORES, Gate::new(CORES), Arc::clone(&monitor)).unwrap();

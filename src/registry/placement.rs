@@ -263,7 +263,8 @@ mod tests {
     #[test]
     fn every_group_is_placed_and_those_of_one_device_add_up() {
         let two = Fake::echo(1).with_gpus(2);
-        let cases: &[(&[InstanceGroup], &[(&str, usize)])] = &[
+        type Case<'a> = (&'a [InstanceGroup], &'a [(&'a str, usize)]);
+        let cases: &[Case] = &[
             (&[], &[("cpu", 4)]),
             (&[group("cpu", Some(2))], &[("cpu", 2)]),
             (&[group("cuda:1", None)], &[("cuda:1", 1)]),

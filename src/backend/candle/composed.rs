@@ -284,7 +284,8 @@ mod tests {
             let of = if maximum { Pooled::Maximum { dilation } } else { Pooled::Average { count_padding } };
             let padding = [0, 1].map(|axis| padding[axis].min(kernel[axis] / 2));
             let pool = Pool { axes: Axes::Two, kernel, stride, padding, ceil, of };
-            let (Ok(rows), Ok(columns)) = (pool.windows(0, extents[0]), pool.windows(1, extents[1])) else { return Ok(()) };
+            let windows = |axis: usize| pool.windows(axis, extents[axis]);
+            let (Ok(rows), Ok(columns)) = (windows(0), windows(1)) else { return Ok(()) };
             let dims = [2, 3, extents[0], extents[1]];
             let mut values = numbers(&dims).flatten_all().unwrap().to_vec1::<f32>().unwrap();
             if let Some(value) = nan.and_then(|place| values.get_mut(place)) {
@@ -297,13 +298,14 @@ mod tests {
 
         #[test]
         fn convolutions_are_those_of_the_cpu(
-            kernel in [1usize..4, 1..4], stride in [1usize..4, 1..4], padding in proptest::option::of([0usize..3, 0..3]),
-            dilation in 1usize..3, extents in [1usize..9, 1..9], groups in 1usize..3,
+            kernel in [1usize..4, 1..4], stride in [1usize..4, 1..4], dilation in 1usize..3,
+            padding in proptest::option::of([0usize..3, 0..3]), extents in [1usize..9, 1..9], groups in 1usize..3,
         ) {
             let stride = if padding.is_none() { [1, 1] } else { stride };
             let (axes, inputs, outputs, bias) = (Axes::Two, None, 2 * groups, false);
             let conv = Conv { axes, inputs, outputs, kernel, stride, padding, dilation, groups, bias };
-            let (Ok(rows), Ok(columns)) = (conv.extent(0, extents[0]), conv.extent(1, extents[1])) else { return Ok(()) };
+            let extent = |axis: usize| conv.extent(axis, extents[axis]);
+            let (Ok(rows), Ok(columns)) = (extent(0), extent(1)) else { return Ok(()) };
             let x = numbers(&[2, 3 * groups, extents[0], extents[1]]);
             let weight = numbers(&[outputs, 3, kernel[0], kernel[1]]);
             let found = convolve(&x, &weight, &conv, [rows, columns]).unwrap();

@@ -74,7 +74,7 @@ pub(super) fn session(
 }
 
 fn no_device(device: Device, reason: &str) -> LoadError {
-    let there = gpus::told(&gpus::count());
+    let (reason, there) = (reason.trim_end_matches('.'), gpus::told(&gpus::count()));
     LoadError::Unavailable(format!(
         "device `{device}` cannot be used: {reason}; {there}; it takes a CUDA build of ONNX Runtime (the libraries in \
          the wheel onnxruntime-gpu, named by ORT_DYLIB_PATH or the setting `onnxruntime`), the CUDA and cuDNN \
