@@ -22,7 +22,7 @@ use super::warmup;
 use crate::backend::Device;
 use crate::error::quoted;
 use crate::problem::Problem;
-use crate::request::{Priority, VersionId};
+use crate::request::{MAX_TIMEOUT, Priority, VersionId};
 use crate::tensor::{DataType, Shape};
 use proto::model_config::SchedulingChoice;
 use proto::model_instance_group::Kind;
@@ -63,8 +63,6 @@ const ANY_ROWS: i32 = i32::MAX;
 const FALLBACK: &str = "device_fallback";
 /// How often one warm-up may run.
 const MAX_WARM_UP_RUNS: i64 = 1000;
-/// Longest default timeout: a day.
-const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 /// Backends and platforms by name, and the engine that stands for each.
 static ENGINES: [(&str, &str, BackendChoice); 3] = [
     ("onnxruntime", "onnxruntime_onnx", BackendChoice::Auto),

@@ -98,6 +98,9 @@ pub struct Origin {
     pub protocol: Protocol,
 }
 
+/// The longest that a caller may wait, or a model's settings let it: one who asks for more gets this.
+pub const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// A request as sent: names unresolved, shapes unchecked against any model.
 #[derive(Clone, Debug)]
 pub struct InferRequest {
@@ -107,7 +110,7 @@ pub struct InferRequest {
     pub inputs: Vec<NamedTensor>,
     /// Requested outputs by name; empty for all.
     pub outputs: Vec<String>,
-    /// How long the caller waits, counted from the permit's arrival.
+    /// How long the caller waits, counted from the permit's arrival; [`MAX_TIMEOUT`] at most.
     pub timeout: Option<Duration>,
     pub priority: Priority,
     /// What a canary splits by; unused until rollouts exist, carried so that protocols need no change then.

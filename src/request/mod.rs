@@ -9,8 +9,8 @@ mod phase;
 mod prepared;
 
 pub use message::{
-    InferRequest, InferResponse, MAX_NAME_BYTES, ModelRef, NamedTensor, Origin, PredictionId, Priority, Protocol,
-    Timings, VersionId,
+    InferRequest, InferResponse, MAX_NAME_BYTES, MAX_TIMEOUT, ModelRef, NamedTensor, Origin, PredictionId, Priority,
+    Protocol, Timings, VersionId,
 };
 pub use permit::{Budget, BudgetConfig, Permit};
 pub use phase::Phase;

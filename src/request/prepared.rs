@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{InferRequest, NamedTensor, Permit, Priority};
+use super::{InferRequest, MAX_TIMEOUT, NamedTensor, Permit, Priority};
 use crate::error::{Error, Result, quoted};
 use crate::tensor::{Ragged, Shape, Signature, Tensor, TensorSpec, Uneven, bucket, wire_shape};
 
@@ -75,7 +75,7 @@ impl Prepared {
             },
             length,
             inputs,
-            deadline: timeout.and_then(|timeout| permit.arrived().checked_add(timeout)),
+            deadline: timeout.and_then(|timeout| permit.arrived().checked_add(timeout.min(MAX_TIMEOUT))),
             priority,
         })
     }
@@ -221,6 +221,7 @@ fn name_list(names: &[&str]) -> String {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
     use crate::error::Kind;
@@ -252,7 +253,11 @@ mod tests {
         batching: Batching<'_>,
     ) -> Result<Prepared> {
         let permit = Budget::new(BudgetConfig::default()).admit(0, Instant::now()).unwrap();
-        let request = InferRequest {
+        Prepared::check(request(inputs, outputs), &permit, signature, batching)
+    }
+
+    fn request(inputs: Vec<(&str, Tensor)>, outputs: &[&str]) -> InferRequest {
+        InferRequest {
             id: String::new(),
             model: ModelRef { name: "m".into(), version: None },
             inputs: inputs.into_iter().map(|(name, tensor)| NamedTensor { name: Arc::from(name), tensor }).collect(),
@@ -260,8 +265,7 @@ mod tests {
             timeout: None,
             priority: Priority::default(),
             route_key: None,
-        };
-        Prepared::check(request, &permit, signature, batching)
+        }
     }
 
     const BATCHED: Batching = Batching { enabled: true, max_batch_size: Some(4), ragged: None };
@@ -271,6 +275,21 @@ mod tests {
         let error = check_with(inputs, &[], signature, BATCHED).unwrap_err();
         assert_eq!(error.kind(), Kind::InvalidInput);
         error.message().to_string()
+    }
+
+    #[test]
+    fn nobody_waits_longer_than_may_be_waited() {
+        let permit = Budget::new(BudgetConfig::default()).admit(0, Instant::now()).unwrap();
+        let due = |timeout| {
+            let request = InferRequest { timeout, ..request(vec![("x", tensor(&[1, 4]))], &[]) };
+            let prepared = Prepared::check(request, &permit, &signature(&[("x", &[-1, 4])]), UNBATCHED).unwrap();
+            prepared.deadline.map(|deadline| deadline - permit.arrived())
+        };
+        let second = Duration::from_secs(1);
+        assert_eq!((due(None), due(Some(second))), (None, Some(second)));
+        for longer in [MAX_TIMEOUT + second, Duration::MAX] {
+            assert_eq!(due(Some(longer)), Some(MAX_TIMEOUT));
+        }
     }
 
     #[test]

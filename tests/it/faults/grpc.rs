@@ -536,7 +536,7 @@ async fn d17_deadlines_are_read_strictly() {
         ("1n", EXPIRED),
         ("0H", EXPIRED),
         ("60S", OK),
-        // Years: nothing overflows, and the request waits no longer than for its turn.
+        // Years: bounded to a day.
         ("99999999H", OK),
         ("99999999M", OK),
         ("999999999S", INVALID),
