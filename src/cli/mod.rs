@@ -48,7 +48,7 @@ enum Command {
 #[expect(clippy::print_stderr, reason = "the one place where a command's failure is told")]
 /// Parses, runs, and maps the result to an exit code: 0 done, 1 failed, 2 not usable as asked.
 pub fn main() -> ExitCode {
-    keep_to_ourselves();
+    restrain_libraries();
     let outcome = match Arguments::parse().command {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Infer(arguments) => infer::run(arguments),
@@ -61,13 +61,18 @@ pub fn main() -> ExitCode {
     })
 }
 
+/// What libraries can be told by the environment only. .cargo/config.toml has the same for tests.
+///
 /// ONNX Runtime's own library, from 1.29 on, keeps a device id and a database below the home folder and sends what it
-/// loads (names and hashes of models) to its maker, unless this is set before it is initialised: its switch in the API
-/// comes too late.
-#[expect(clippy::disallowed_methods, reason = "a library reads it; the server never does")]
-fn keep_to_ourselves() {
-    // SAFETY: called first in `main`, when no other thread exists that could read or write the environment.
-    unsafe { std::env::set_var("ORT_DISABLE_TELEMETRY", "1") };
+/// loads (names and hashes of models) to its maker, unless it is told before it is initialised: its switch in the API
+/// comes too late. candle computes big sums on threads of its own, as many as there are cores, that spin while they wait
+/// for each other; the compute gate knows nothing of them.
+#[expect(clippy::disallowed_methods, reason = "libraries read it; the server never does")]
+fn restrain_libraries() {
+    for (variable, value) in [("ORT_DISABLE_TELEMETRY", "1"), ("CANDLE_NUM_THREADS", "1")] {
+        // SAFETY: called first in `main`, when no other thread exists that could read or write the environment.
+        unsafe { std::env::set_var(variable, value) };
+    }
 }
 
 /// Flags that choose the engine, shared by the commands that load models without a server.

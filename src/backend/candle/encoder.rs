@@ -79,8 +79,8 @@ struct Block {
 
 impl Dense {
     fn load(name: &str, tensors: &Tensors) -> std::result::Result<Dense, LoadError> {
-        let part = |part: &str| tensors.tensor(&format!("{name}.{part}"));
-        Ok(Dense { weight: part("weight")?, bias: part("bias")? })
+        let (weight, bias) = (format!("{name}.weight"), format!("{name}.bias"));
+        Ok(Dense { weight: tensors.transposed(&weight)?, bias: tensors.tensor(&bias)? })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {

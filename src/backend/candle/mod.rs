@@ -41,6 +41,10 @@ const NAME: &str = "candle";
 /// As pinned in `Cargo.toml`; candle does not tell its own version.
 const VERSION: &str = "0.11.1";
 
+/// How many rows, in the kernel's steps of 4 to 12, a product must have for the weights to be rearranged for it first:
+/// they lie as it wants them, and to rearrange them pays for long products only.
+const PACKING_THRESHOLD: usize = 64;
+
 /// The most elements of one tensor, 1 GiB of FP32. A handful of the size may be alive at a time in each instance.
 const MAX_ELEMENTS: usize = 1 << 28;
 
@@ -53,6 +57,9 @@ pub struct Candle {
 
 impl Default for Candle {
     fn default() -> Candle {
+        // Process-wide, and the same for all.
+        gemm::set_lhs_packing_threshold_single_thread(PACKING_THRESHOLD);
+        gemm::set_lhs_packing_threshold_multi_thread(PACKING_THRESHOLD);
         Candle { pools: Pools::default(), max_elements: MAX_ELEMENTS }
     }
 }

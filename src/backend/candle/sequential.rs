@@ -71,7 +71,8 @@ fn step(layer: &Layer, tensors: &Tensors) -> std::result::Result<Option<Step>, L
     let tensor = |part: &str| tensors.tensor(&layer.tensor(part));
     Ok(Some(match &layer.kind {
         Kind::Linear { bias, .. } => {
-            Step::Linear { weight: tensor("weight")?, bias: bias.then(|| tensor("bias")).transpose()? }
+            let weight = tensors.transposed(&layer.tensor("weight"))?;
+            Step::Linear { weight, bias: bias.then(|| tensor("bias")).transpose()? }
         }
         Kind::Conv(conv) => Step::Conv {
             conv: conv.clone(),
@@ -150,14 +151,14 @@ fn at(x: &Tensor, axis: i64) -> usize {
     crate::backend::safetensors::layers::axis(&dims, axis).unwrap_or_default()
 }
 
-/// `x` [.., in], `weight` [out, in], `bias` [out].
+/// `x` [.., in], `weight` [in, out], `bias` [out].
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (outputs, inputs) = weight.dims2()?;
+    let (inputs, outputs) = weight.dims2()?;
     let mut dims = x.dims().to_vec();
     if let Some(last) = dims.last_mut() {
         *last = outputs;
     }
-    let product = product::product_transposed(&x.contiguous()?.reshape(((), inputs))?, weight)?;
+    let product = product::product(&x.contiguous()?.reshape(((), inputs))?, weight)?;
     let sum = match bias {
         Some(bias) => product.broadcast_add(bias)?,
         None => product,

@@ -54,6 +54,21 @@ impl<'a> Tensors<'a> {
         self.placed(self.vector(name)?, dims, name)
     }
 
+    /// A matrix [out, in], as PyTorch keeps it, as [in, out]: a product with few rows takes that as it lies, and would
+    /// rearrange the other with every call, for as long as it multiplies.
+    pub fn transposed(&self, name: &str) -> Result<Tensor, LoadError> {
+        let values = self.vector(name)?;
+        let [rows, columns] = self.place(name)?.stored.dims[..] else {
+            return Err(LoadError::BadModel(format!("tensor `{}` is no matrix", quoted(name))));
+        };
+        let mut transposed = vec![0f32; values.len()];
+        for (row, values) in values.chunks_exact(columns.max(1)).enumerate() {
+            let targets = transposed.iter_mut().skip(row).step_by(rows.max(1));
+            targets.zip(values).for_each(|(to, from)| *to = *from);
+        }
+        self.placed(transposed, &[columns, rows], name)
+    }
+
     /// A GPU that cannot take it is one that cannot be used.
     pub fn placed(&self, values: Vec<f32>, dims: &[usize], name: &str) -> Result<Tensor, LoadError> {
         Tensor::from_vec(values, dims, self.device).map_err(|error| {
