@@ -6,6 +6,9 @@
 # make bench   micro-benchmarks
 # make conformance   the ONNX project's node tests through the server, on both engines, and what it takes to hold them
 
+# Of the ONNX Runtime that tests load in Python.
+export ORT_DISABLE_TELEMETRY = 1
+
 PYTHON ?= python3
 CARGO ?= cargo
 BIN := target/release/tidegate

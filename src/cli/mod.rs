@@ -24,7 +24,7 @@ const EXIT_USAGE: u8 = 2;
 #[command(
     name = "tidegate",
     version,
-    about = "Serves ONNX models over the Open Inference Protocol",
+    about = "Serves ONNX and safetensors models over the Open Inference Protocol",
     max_term_width = 100
 )]
 struct Arguments {

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::monitor::Statistics;
 use crate::registry::{Device, State, Version, VersionPolicy};
 use crate::request::{ModelRef, Phase, VersionId};
-use crate::tensor::Signature;
+use crate::tensor::{Signature, TensorSpec};
 
 /// A version's metadata, as protocols show it.
 #[derive(Clone, Debug)]
@@ -16,7 +16,7 @@ pub struct ModelInfo {
     pub name: Arc<str>,
     /// Every ready version of the model, ascending.
     pub versions: Vec<VersionId>,
-    /// `onnxruntime_onnx`, `tract_onnx`.
+    /// `onnxruntime_onnx`, `tract_onnx`, `candle_safetensors`.
     pub platform: &'static str,
     pub signature: Arc<Signature>,
     /// What else a person may want to know: engine, device, digest, batching.
@@ -27,15 +27,20 @@ pub struct ModelInfo {
 #[derive(Clone, Debug)]
 pub struct Setup {
     pub name: Arc<str>,
-    /// `onnxruntime_onnx`, `tract_onnx`.
+    /// `onnxruntime_onnx`, `tract_onnx`, `candle_safetensors`.
     pub platform: &'static str,
-    /// `onnxruntime`, `tract`.
+    /// `onnxruntime`, `tract`, `candle`.
     pub backend: &'static str,
     /// Devices with the most instances on each.
     pub instances: Vec<(Device, usize)>,
     pub signature: Arc<Signature>,
     /// The file that names an output's classes, for each output of the signature.
     pub labels: Vec<Option<String>>,
+    /// What a version's file is called, where that is configured.
+    pub model_file: Option<String>,
+    /// The model's own shape where clients see another, for each input and each output of the signature.
+    pub input_reshapes: Vec<Option<Vec<i64>>>,
+    pub output_reshapes: Vec<Option<Vec<i64>>>,
     /// Of the model.
     pub versions: VersionPolicy,
     /// All inputs and outputs share their leading dimension: it counts rows.
@@ -165,12 +170,18 @@ impl Engine {
 
 fn setup(version: &Version) -> Setup {
     let (facts, scheduling) = (version.facts(), version.scheduler().config());
+    let (signature, config) = (version.signature(), &facts.config);
+    let input = |spec: &TensorSpec| config.inputs.get(&*spec.name)?.reshape.clone();
+    let output = |spec: &TensorSpec| config.outputs.get(&*spec.name)?.tensor.reshape.clone();
     Setup {
         name: Arc::clone(version.name()),
         platform: version.platform(),
         backend: facts.backend,
         instances: facts.devices.iter().map(|(device, plan)| (*device, plan.instances)).collect(),
-        signature: Arc::clone(version.signature()),
+        signature: Arc::clone(signature),
+        model_file: config.model_file.clone(),
+        input_reshapes: signature.inputs.iter().map(input).collect(),
+        output_reshapes: signature.outputs.iter().map(output).collect(),
         labels: facts.outputs.iter().map(|output| facts.labels_file(output).map(str::to_string)).collect(),
         versions: facts.config.versions.clone(),
         batching: version.batching().enabled,

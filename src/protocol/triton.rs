@@ -17,15 +17,19 @@ pub(super) fn config(setup: Setup) -> proto::ModelConfig {
     let batched = has_batch(&setup);
     // Clients refuse by themselves to send more than this: where nothing bounds the rows, nothing may.
     let max_batch_size = if batched { setup.max_batch_size.unwrap_or(usize::MAX) } else { 0 };
-    let outputs = setup.signature.outputs.iter().zip(&setup.labels);
+    let inputs = setup.signature.inputs.iter().zip(&setup.input_reshapes);
+    let outputs = setup.signature.outputs.iter().zip(&setup.output_reshapes).zip(&setup.labels);
     proto::ModelConfig {
         name: setup.name.to_string(),
         platform: setup.platform.to_string(),
         backend: setup.backend.to_string(),
         version_policy: Some(version_policy(&setup.versions)),
         max_batch_size: int32(max_batch_size),
-        input: setup.signature.inputs.iter().map(|spec| input(spec, batched)).collect(),
-        output: outputs.map(|(spec, labels)| output(spec, labels.as_deref(), batched)).collect(),
+        input: inputs.map(|(spec, reshape)| input(spec, reshape.as_deref(), batched)).collect(),
+        output: outputs
+            .map(|((spec, reshape), labels)| output(spec, reshape.as_deref(), labels.as_deref(), batched))
+            .collect(),
+        default_model_filename: setup.model_file.clone().unwrap_or_default(),
         instance_group: instance_groups(&setup),
         scheduling_choice: setup.sharing.as_ref().map(dynamic_batching),
         model_transaction_policy: Some(proto::ModelTransactionPolicy { decoupled: false }),
@@ -41,20 +45,28 @@ fn has_batch(setup: &Setup) -> bool {
     batching.has_rows(&setup.signature.outputs)
 }
 
-fn input(spec: &TensorSpec, batched: bool) -> proto::ModelInput {
+fn input(spec: &TensorSpec, reshape: Option<&[i64]>, batched: bool) -> proto::ModelInput {
     proto::ModelInput {
         name: spec.name.to_string(),
         data_type: data_type(spec.dtype).into(),
         dims: dims(spec, batched),
+        reshape: self::reshape(reshape, batched),
         ..Default::default()
     }
 }
 
-fn output(spec: &TensorSpec, labels: Option<&str>, batched: bool) -> proto::ModelOutput {
+/// Without the batch's dimension, as the dimensions it stands beside.
+fn reshape(models: Option<&[i64]>, batched: bool) -> Option<proto::ModelTensorReshape> {
+    let shape = models?.iter().copied().skip(usize::from(batched)).collect();
+    Some(proto::ModelTensorReshape { shape })
+}
+
+fn output(spec: &TensorSpec, reshape: Option<&[i64]>, labels: Option<&str>, batched: bool) -> proto::ModelOutput {
     proto::ModelOutput {
         name: spec.name.to_string(),
         data_type: data_type(spec.dtype).into(),
         dims: dims(spec, batched),
+        reshape: self::reshape(reshape, batched),
         label_filename: labels.unwrap_or_default().to_string(),
         ..Default::default()
     }
@@ -224,6 +236,9 @@ mod tests {
             backend: "onnxruntime",
             instances: devices.iter().map(|device| (*device, 3)).collect(),
             signature: Arc::new(signature.clone()),
+            model_file: None,
+            input_reshapes: vec![None],
+            output_reshapes: vec![None],
             labels: vec![None],
             versions: VersionPolicy::All,
             batching: true,

@@ -16,7 +16,7 @@ use crate::backend::safetensors::encoder::{EncoderConfig, Pooling};
 use crate::backend::safetensors::layers::Sequential;
 use crate::error::quoted;
 use crate::problem::{Problem, expected_name};
-use crate::request::VersionId;
+use crate::request::{MAX_TIMEOUT, VersionId};
 use crate::tensor::{DataType, MAX_RANK, OutputKind, Shape, wire_shape};
 use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
 
@@ -311,8 +311,10 @@ fn read_model(mut top: Section) -> ModelConfig {
     let limits = top.section("limits", |section| {
         let requests = section.count("max_queue_requests", MAX_QUEUE_REQUESTS);
         let bytes = section.read("max_queue_bytes", SIZE_FORM, |value| value.as_str().and_then(parse_size));
-        let timeout = |value: &Value| value.as_str().and_then(parse_duration).filter(|timeout| !timeout.is_zero());
-        (requests, bytes, section.read("default_timeout", DURATION_FORM, timeout))
+        let timeout = |value: &Value| {
+            value.as_str().and_then(parse_duration).filter(|timeout| !timeout.is_zero() && *timeout <= MAX_TIMEOUT)
+        };
+        (requests, bytes, section.read("default_timeout", &format!("{DURATION_FORM}, at most a day"), timeout))
     });
     let (max_queue_requests, max_queue_bytes, default_timeout) = limits.unwrap_or_default();
     let config = ModelConfig {

@@ -41,7 +41,7 @@ pub fn of(model: Arc<dyn Model>, config: &ModelConfig) -> Arc<dyn Model> {
     let kinds = kinds.collect();
     let layout = Layout {
         inputs: inputs.into_iter().map(|seen| seen.reshape).collect(),
-        outputs: positions.into_iter().zip(outputs).map(|(position, seen)| (position, seen.reshape)).collect(),
+        outputs: positions.into_iter().zip(outputs).collect(),
     };
     Arc::new(View { model, signature, kinds, layout: Arc::new(layout) })
 }
@@ -50,6 +50,8 @@ pub fn of(model: Arc<dyn Model>, config: &ModelConfig) -> Arc<dyn Model> {
 struct Seen {
     spec: TensorSpec,
     reshape: Option<Reshape>,
+    /// The settings have fixed what the model leaves free.
+    narrowed: bool,
 }
 
 /// Clients' shapes and the model's own, as patterns: -1 for any extent.
@@ -62,7 +64,7 @@ struct Layout {
     /// By the model's input.
     inputs: Vec<Option<Reshape>>,
     /// Where the model has them.
-    outputs: Vec<(usize, Option<Reshape>)>,
+    outputs: Vec<(usize, Seen)>,
 }
 
 struct View {
@@ -80,7 +82,7 @@ struct ViewInstance {
 impl Seen {
     fn new(own: &TensorSpec, declared: Option<&TensorConfig>) -> Seen {
         let Some(shape) = declared.and_then(|declared| declared.shape.as_deref()) else {
-            return Seen { spec: own.clone(), reshape: None };
+            return Seen { spec: own.clone(), reshape: None, narrowed: false };
         };
         let models = declared.and_then(|declared| declared.reshape.as_deref()).unwrap_or(shape);
         // What is free keeps its symbol.
@@ -95,7 +97,20 @@ impl Seen {
         };
         let spec = TensorSpec { dims: Some(shape.iter().map(dim).collect()), ..own.clone() };
         let reshape = (models != shape).then(|| Reshape { clients: shape.to_vec(), models: models.to_vec() });
-        Seen { spec, reshape }
+        let narrowed = reshape.is_none() && spec != *own;
+        Seen { spec, reshape, narrowed }
+    }
+
+    /// What the model gave, as it is given to clients.
+    fn given(&self, output: Tensor) -> Result<Tensor, String> {
+        let because = |why: String| format!("output `{}`: {why}, as declared", self.spec.name);
+        match &self.reshape {
+            Some(reshape) => reshaped(output, &reshape.models, &reshape.clients).map_err(because),
+            None if self.narrowed && !self.spec.accepts(output.shape()) => {
+                Err(because(format!("found {}, expected {}", output.shape(), wire_shape(&self.spec.to_wire()))))
+            }
+            None => Ok(output),
+        }
     }
 
     /// Numbers along a last axis that is another one are not classes any more.
@@ -165,13 +180,9 @@ impl Instance for ViewInstance {
         } else {
             self.instance.run(batch)
         }?;
-        let wanted = self.layout.outputs.iter().map(|(position, reshape)| {
-            let output = outputs.get(*position).cloned().ok_or_else(|| format!("output {position} is missing"))?;
-            match reshape {
-                Some(reshape) => reshaped(output, &reshape.models, &reshape.clients)
-                    .map_err(|why| format!("output {position}: {why}, as declared")),
-                None => Ok(output),
-            }
+        let wanted = self.layout.outputs.iter().map(|(position, seen)| {
+            let output = outputs.get(*position).cloned();
+            seen.given(output.ok_or_else(|| format!("output `{}` is missing", seen.spec.name))?)
         });
         wanted.collect::<Result<_, String>>().map_err(RunError::Failed)
     }
@@ -261,6 +272,12 @@ mod tests {
         assert_eq!(empty[0].shape().dims(), [0, 2, 2]);
         let wide = Fake::echo(4).computing(|_| Ok(vec![rows(1, &[5])]));
         let error = run(wide).unwrap_err();
-        assert_eq!(error, RunError::Failed("output 0: found [1,5], expected [-1,4], as declared".into()));
+        assert_eq!(error, RunError::Failed("output `y`: found [1,5], expected [-1,4], as declared".into()));
+
+        let free = Signature { inputs: vec![spec("x", &[-1, -1])], outputs: vec![spec("y", &[-1, -1])] };
+        let narrowed = ModelConfig::parse("outputs.y.shape = [-1, 4]").unwrap();
+        let mut narrowed = of(Arc::new(Fake::new(free)), &narrowed).instance().unwrap();
+        assert!(narrowed.run(&Batch::new(&[&[rows(1, &[4])]])).is_ok());
+        assert_eq!(narrowed.run(&Batch::new(&[&[rows(1, &[5])]])).unwrap_err(), error);
     }
 }

@@ -311,3 +311,14 @@ fn models_change_under_load_and_only_what_is_unloaded_is_refused() {
     assert!(served.load(Ordering::SeqCst) > 0);
     assert_eq!(server.stop().jobs, 0);
 }
+
+#[test]
+fn the_admin_port_answers_no_web_page() {
+    let models = Models::new().with(IDENTITY);
+    let server = TestServer::of(models.path()).start();
+    let index = |headers: &[(&str, &str)]| {
+        exchange(server.addresses.admin, "POST", "/v2/repository/index", headers, b"").status
+    };
+    assert_eq!(index(&[]), 200);
+    assert_eq!(index(&[("Origin", "http://evil.example")]), 403);
+}

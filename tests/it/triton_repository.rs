@@ -128,7 +128,12 @@ fn clients_see_the_declared_shapes_and_outputs() {
         let server = TestServer::of(models.path()).set("engine", engine).start();
         let metadata = |model: &str| server.get(&format!("/v2/models/{model}")).json();
         assert_eq!(metadata("square")["inputs"][0]["shape"], json!([-1, 8, 8]));
-        assert_eq!(server.get("/v2/models/square/config").json()["input"][0]["dims"], json!([8, 8]));
+        let told = server.get("/v2/models/square/config").json();
+        assert_eq!(
+            (&told["input"][0]["dims"], &told["input"][0]["reshape"]),
+            (&json!([8, 8]), &json!({"shape": [64]}))
+        );
+        assert_eq!(told["output"][0]["reshape"], Value::Null);
         let label = metadata("label");
         assert_eq!(label["outputs"], json!([{"name": "label", "datatype": "INT64", "shape": [-1, 1]}]));
 

@@ -8,6 +8,7 @@ use tonic::codec::CompressionEncoding;
 
 use crate::error::{Error, Kind, Result, quoted};
 use crate::protocol::common::expired;
+use crate::request::MAX_TIMEOUT;
 
 const TIMEOUT: &str = "grpc-timeout";
 const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
@@ -74,7 +75,7 @@ fn timeout(headers: &HeaderMap) -> Result<Option<Duration>> {
             quoted(&text)
         ))
     })?;
-    Ok(Some(timeout))
+    Ok(Some(timeout.min(MAX_TIMEOUT)))
 }
 
 fn parse_timeout(text: &str) -> Option<Duration> {
@@ -146,7 +147,8 @@ mod tests {
             ("50m", Duration::from_millis(50)),
             ("7S", Duration::from_secs(7)),
             ("2M", Duration::from_secs(120)),
-            ("99999999H", Duration::from_secs(99_999_999 * 3600)),
+            ("24H", MAX_TIMEOUT),
+            ("99999999H", MAX_TIMEOUT),
         ] {
             assert_eq!(read(text), Ok(Some(expected)), "{text}");
         }

@@ -176,7 +176,10 @@ impl GrpcInferenceService for InferenceService {
         let proto::ModelStatisticsRequest { name, version } = request.into_inner();
         let model = convert::model(name, &version).map(|model| Some(model).filter(|model| !model.name.is_empty()));
         let statistics = model.and_then(|model| self.engine.statistics(model.as_ref()));
-        statistics.map(|all| Response::new(triton::statistics(all))).map_err(|error| status_of(&error))
+        let statistics = statistics.map_err(|error| status_of(&error))?;
+        // As long as there are versions: not for an I/O thread.
+        let message = self.engine.cpu().run(move || triton::statistics(statistics)).await;
+        message.map(Response::new).map_err(|error| status_of(&error))
     }
 
     async fn model_infer(

@@ -1,12 +1,15 @@
 //! Paths, methods and everything but inference: health, metadata, and the 404 and 405 that every client understands.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{FromRequestParts, RawPathParams, State};
+use axum::extract::{FromRequestParts, RawPathParams, Request, State};
+use axum::middleware::Next;
 use axum::response::Response;
 use axum::routing::{MethodRouter, get, post};
 use http::StatusCode;
+use http::header::{HOST, ORIGIN};
 use http::request::Parts;
 use serde::{Serialize, Serializer};
 
@@ -38,7 +41,34 @@ pub(super) fn routes(app: App) -> Router {
 }
 
 pub(super) fn admin(app: App) -> Router {
-    repository(Router::new()).fallback(unknown).method_not_allowed_fallback(not_allowed).with_state(app)
+    repository(Router::new())
+        .fallback(unknown)
+        .method_not_allowed_fallback(not_allowed)
+        .layer(axum::middleware::from_fn(from_no_page))
+        .with_state(app)
+}
+
+/// Refuses what a browser sends for a web page: being on this machine, it reaches loopback, and the admin API has no
+/// authentication. A page says where it is from, or, where it has had its name resolved to here, calls the server so.
+async fn from_no_page(request: Request, next: Next) -> Result<Response, Refusal> {
+    let headers = request.headers();
+    let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    if headers.contains_key(ORIGIN) || !(host.is_empty() || is_own(host)) {
+        let message =
+            "the admin API is not for web pages: expected no `Origin`, and as `Host` an address or `localhost`";
+        return Err(Refusal(Error::new(Kind::Forbidden, message)));
+    }
+    Ok(next.run(request).await)
+}
+
+/// An IP address or `localhost`, with or without a port.
+fn is_own(host: &str) -> bool {
+    let name = host
+        .rsplit_once(':')
+        .filter(|(_, port)| port.bytes().all(|c| c.is_ascii_digit()))
+        .map_or(host, |(name, _)| name);
+    let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    address.eq_ignore_ascii_case("localhost") || address.parse::<IpAddr>().is_ok()
 }
 
 fn repository(router: Router<App>) -> Router<App> {
@@ -188,4 +218,21 @@ impl<'a> TensorMetadata<'a> {
 
 fn as_object<S: Serializer>(properties: &&[(&'static str, String)], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_map(properties.iter().map(|(key, value)| (key, value)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_own_host_is_an_address_or_localhost() {
+        for host in ["localhost", "LOCALHOST:8003", "127.0.0.1:8003", "127.0.0.1", "[::1]:8003", "[::1]"] {
+            assert!(is_own(host), "{host}");
+        }
+        for host in
+            ["evil.example", "evil.example:8003", "localhost.evil.example:8003", "127.0.0.1.evil.example", ":8003"]
+        {
+            assert!(!is_own(host), "{host}");
+        }
+    }
 }

@@ -32,7 +32,7 @@ pub(super) async fn statistics(State(app): State<App>, Target(target): Target) -
 pub(super) async fn all_statistics(State(app): State<App>) -> Result<Response, Refusal> {
     let statistics = app.engine.statistics(None)?;
     // As long as there are versions: not for an I/O thread.
-    let body = app.engine.cpu().finish(move || written(STATISTICS, &triton::statistics(statistics))).await??;
+    let body = app.engine.cpu().run(move || written(STATISTICS, &triton::statistics(statistics))).await??;
     Ok(answer(body))
 }
 
