@@ -21,6 +21,7 @@ use super::probe::Probe;
 use super::selftest::{self, BatchDecision};
 use super::source::{Discovered, Format, GOLDEN_FILE, MODEL_FILE, read_beside};
 use super::version::{Facts, OutputInfo, Version};
+use super::warmup::WarmUps;
 use super::{declared, ragged, view, warmup};
 use crate::backend::safetensors::{self, Declared};
 use crate::backend::{Artifact, Description, Device, LoadError, Model, onnx};
@@ -273,11 +274,13 @@ impl Loader {
         }
         let preferred_rows = config.batching.preferred_rows.unwrap_or(DEFAULT_PREFERRED_ROWS);
         let preferred_rows = max_batch_size.map_or(preferred_rows, |max| preferred_rows.min(max));
+        let most_rows = batching.enabled.then(|| max_batch_size.unwrap_or(preferred_rows));
+        let mut warm_ups = WarmUps { folder: &found.folder, signature: &signature, most_rows, left: warmup::BUDGET };
         let mut goldens = None;
         for probe in &mut probes {
             let refused = warm_up(probe, &signature, &batching, preferred_rows);
             warnings.extend(refused.filter(|warning| !warnings.contains(warning)));
-            declared_warm_ups(found, config, &signature, batching.enabled, probe)?;
+            declared_warm_ups(config, &mut warm_ups, probe)?;
             if config.goldens_on_load || compare == CompareGoldens::IfThere {
                 goldens = check_goldens(found, probe)?;
             }
@@ -493,20 +496,13 @@ fn warm_up(
     refusal.map(|why| format!("warm-up: the model refuses invented inputs: {why}"))
 }
 
-fn declared_warm_ups(
-    found: &Discovered,
-    config: &ModelConfig,
-    signature: &Signature,
-    together: bool,
-    probe: &mut Probe,
-) -> Result<(), Failure> {
+fn declared_warm_ups(config: &ModelConfig, warm_ups: &mut WarmUps, probe: &mut Probe) -> Result<(), Failure> {
     for declared in &config.warmup {
         let name = match declared {
             WarmUp::Request(file) => file.clone(),
             WarmUp::Made(made) => made.name.clone(),
         };
-        warmup::run(declared, &found.folder, signature, together, probe)
-            .map_err(|reason| Failure::WarmUp { name, reason })?;
+        warm_ups.run(declared, probe).map_err(|reason| Failure::WarmUp { name, reason })?;
     }
     Ok(())
 }

@@ -41,7 +41,7 @@ device_fallback = "none"    # none: a model whose GPU cannot be used is not serv
 instances = 2               # runs at once on each device; by default one on a GPU, on the CPU planned from the cores
 threads = 1                 # intra-op threads of one instance; by default one on a GPU, on the CPU planned from the cores
 labels = "labels.txt"       # class names, one a line, for every output that has classes
-warmup = ["warmup.json"]    # requests ({"inputs": [...]}) that must succeed before the version is ready
+warmup = ["warmup.json"]    # requests ({"inputs": [...]}) that must succeed before the version is ready, all in 60 s
 versions = "all"            # or { latest = 2 }, the highest that load; or a list such as [1, 3]
 only_declared_outputs = false   # true: outputs without a section [outputs.…] are not given
 # model_file = "net.onnx"   # what a version's file is called; by default model.onnx or model.safetensors

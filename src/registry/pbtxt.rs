@@ -51,7 +51,7 @@ answers and is not offered is a refusal, with its reason in the index; what woul
 | `priority_levels` | requests have levels 1 to 255 in any case, and 128 without one; a `default_priority_level` or policies by level are warnings |
 | `instance_group` | `[[instance_group]]`: `count` instances on each of the `gpus`. `KIND_GPU` without them is `cuda:all`; `KIND_AUTO` is `auto`, or its `gpus` with a fallback to the CPU; `KIND_CPU` and `KIND_MODEL` are `cpu`. A file without groups runs on the CPU. `rate_limiter`, `secondary_devices`, `profile`, `passive` and `host_policy` are warnings |
 | `version_policy` | the same; the latest one by default |
-| `model_warmup` | run before the version is ready, which it is only if they succeed. An `input_data_file` lies in the folder `warmup` |
+| `model_warmup` | run before the version is ready, which it is only if they succeed, all of them in 60 s. Where the version batches, requests share runs of at most `max_batch_size` rows, of at most 2^24 elements. An `input_data_file` lies in the folder `warmup` |
 | `parameters` | `intra_op_thread_count` is `threads`, `device_fallback` is that of every group on GPUs; others are warnings |
 | `optimization`, `response_cache`, `metric_tags`, `model_metrics`, `cc_model_filenames`, `model_operations`, `runtime` | warnings |
 | `sequence_batching`, `ensemble_scheduling`, `batch_input`, `batch_output`, `model_transaction_policy.decoupled`, `model_repository_agents` | refused |
