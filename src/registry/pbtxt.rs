@@ -451,7 +451,7 @@ impl Reader {
         if kind == Some(Kind::Cpu) && !written.gpus.is_empty() {
             self.refuse(&format!("{place}.gpus"), format!("{:?}", written.gpus), "none with KIND_CPU");
         }
-        let count = self.count(&format!("{place}.count"), i64::from(written.count.max(0)), MAX_INSTANCES);
+        let count = self.count(&format!("{place}.count"), i64::from(written.count), MAX_INSTANCES);
         InstanceGroup { devices, count, fallback: fallback || kind == Some(Kind::Auto) }
     }
 
@@ -789,6 +789,7 @@ mod tests {
             (&input("} dynamic_batching {"), "`dynamic_batching`: found it without `max_batch_size`"),
             ("max_batch_size: 4 dynamic_batching { preferred_batch_size: 8 }", "found 8, expected 1 to 4"),
             ("instance_group { count: 100000 }", "`instance_group[0].count`: found 100000"),
+            ("instance_group { count: -1 }", "`instance_group[0].count`: found -1, expected 0 to 256"),
             ("instance_group { kind: KIND_GPU gpus: -1 }", "`instance_group[0].gpus`: found -1"),
             ("instance_group { kind: KIND_GPU gpus: [2, 2] }", "`instance_group[0].gpus`: found 2 twice"),
             ("instance_group { kind: KIND_CPU gpus: 0 }", "`instance_group[0].gpus`: found [0], expected none"),

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use super::model_config::MAX_INSTANCES;
 use crate::backend::{Artifact, Backend, Device, LoadError, LoadOptions, Model, gpus};
 use crate::scheduler::{ThreadPlan, Wish};
 
@@ -136,7 +137,7 @@ impl Site<'_> {
                 Err(error) => return placed.fall_back(group, error),
             }
         }
-        loaded.into_iter().for_each(|asked| placed.on_gpu(asked));
+        loaded.into_iter().try_for_each(|asked| placed.on_gpu(asked))?;
         if devices.contains(&Device::Cpu) {
             placed.on_cpu(group.count);
         }
@@ -192,12 +193,20 @@ impl Placing {
         self.gpus.iter().find(|asked| asked.device == device).map(|asked| Arc::clone(&asked.model))
     }
 
-    fn on_gpu(&mut self, asked: Asked) {
-        match self.gpus.iter_mut().find(|there| there.device == asked.device) {
-            // One that is not counted is one.
-            Some(there) => there.count = Some(there.count.unwrap_or(1) + asked.count.unwrap_or(1)),
-            None => self.gpus.push(asked),
+    /// Groups add up to no more than one may have: on a GPU there are no cores to bound them.
+    fn on_gpu(&mut self, asked: Asked) -> Result<(), LoadError> {
+        let Some(there) = self.gpus.iter_mut().find(|there| there.device == asked.device) else {
+            self.gpus.push(asked);
+            return Ok(());
+        };
+        // One that is not counted is one.
+        let count = there.count.unwrap_or(1) + asked.count.unwrap_or(1);
+        if i64::try_from(count).is_ok_and(|count| count <= MAX_INSTANCES) {
+            there.count = Some(count);
+            return Ok(());
         }
+        let (device, expected) = (asked.device, format!("at most {MAX_INSTANCES} of all groups"));
+        Err(LoadError::Unavailable(format!("device `{device}`: {count} instances, expected {expected}")))
     }
 
     /// Where one group leaves the number to the plan, the plan decides.
@@ -298,6 +307,16 @@ mod tests {
         let none = "`cuda:all`: no NVIDIA driver was found, expected a GPU or more; ";
         assert!(refusal("cuda:all", NO_GPU).starts_with(none), "{}", refusal("cuda:all", NO_GPU));
         assert!(refusal("cuda:all", || Ok(0)).contains("shows no GPU"));
+    }
+
+    #[test]
+    fn groups_of_one_gpu_add_up_to_a_bound() {
+        let one = Fake::echo(1).with_gpus(1);
+        let full = [group("cuda", Some(200)), or_cpu("cuda", Some(56))];
+        assert_eq!(placed(&place(&one, || Ok(1), &full).unwrap()), on(&[("cuda:0", 256)]));
+        let more = [&full[..], &[or_cpu("cuda", None)]].concat();
+        let refused = place(&one, || Ok(1), &more).err().unwrap().to_string();
+        assert_eq!(refused, "device `cuda:0`: 257 instances, expected at most 256 of all groups");
     }
 
     #[test]
