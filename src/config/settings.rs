@@ -40,7 +40,7 @@ pub static SETTINGS: &[Setting] = &[
     flag(
         "load_model",
         "",
-        "names of models that `model_control = explicit` loads at start, with commas between; `*`: all that are there. The flag may be repeated",
+        "names of models that `model_control = explicit` loads at start, with commas between, so that none can be named whose own name has one; `*`: all that are there. The flag may be repeated",
     ),
     flag(
         "repository_api",
