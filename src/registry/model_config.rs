@@ -161,6 +161,17 @@ impl ModelConfig {
     pub fn declared_key(&self) -> Option<&'static str> {
         self.sequential.as_ref().map(|_| "layers").or(self.encoder.as_ref().map(|_| "encoder"))
     }
+
+    /// These settings, but with what `own` says of the model itself, and of what its answers must be: Triton's form, in
+    /// which settings are sent, cannot say it.
+    pub fn with_model_of(&self, own: &ModelConfig) -> ModelConfig {
+        ModelConfig {
+            goldens_on_load: own.goldens_on_load,
+            sequential: own.sequential.clone(),
+            encoder: own.encoder.clone(),
+            ..self.clone()
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]

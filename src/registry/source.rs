@@ -120,7 +120,7 @@ pub struct Folder {
     model_name: Arc<str>,
     /// Parsed settings by path, kept while their facts stay the same.
     configs: HashMap<PathBuf, (FileFacts, Config)>,
-    /// What stands for one model's settings in the scan that is on.
+    /// What stands for one model's settings in this scan.
     given: Option<(Arc<str>, Arc<ModelConfig>)>,
 }
 
@@ -132,6 +132,16 @@ impl Folder {
     }
 
     pub fn scan(&mut self) -> Result<Scan, SourceError> {
+        self.scan_with(None)
+    }
+
+    /// The same, with those settings for a model in place of what its folder says of how it is served.
+    pub fn scan_given(&mut self, model: &Arc<str>, config: Option<ModelConfig>) -> Result<Scan, SourceError> {
+        self.scan_with(config.map(|config| (Arc::clone(model), Arc::new(config))))
+    }
+
+    fn scan_with(&mut self, given: Option<(Arc<str>, Arc<ModelConfig>)>) -> Result<Scan, SourceError> {
+        self.given = given;
         let root = fs::canonicalize(&self.root).map_err(|error| self.unusable(error))?;
         let mut scan = Scan::default();
         if root.is_file() {
@@ -146,14 +156,6 @@ impl Folder {
         }
         self.forget_configs(&scan);
         Ok(scan)
-    }
-
-    /// The same, with those settings for a model in place of what its folder says.
-    pub fn scan_given(&mut self, model: &Arc<str>, config: Option<ModelConfig>) -> Result<Scan, SourceError> {
-        self.given = config.map(|config| (Arc::clone(model), Arc::new(config)));
-        let scan = self.scan();
-        self.given = None;
-        scan
     }
 
     /// One model's own folder (or one version's), looked at as if its parent were a registry of that model alone.
@@ -314,19 +316,25 @@ impl Folder {
     }
 
     fn config(&mut self, root: &Path, folder: &Path, name: &str) -> Config {
-        if let Some((_, given)) = self.given.as_ref().filter(|(model, _)| **model == *name) {
-            return Ok(Arc::clone(given));
-        }
+        let given = self.given.as_ref().filter(|(model, _)| **model == *name).map(|(_, given)| Arc::clone(given));
         let there = |file: &&ConfigFile| fs::symlink_metadata(folder.join(file.name())).is_ok();
         let files: Vec<ConfigFile> = ConfigFile::ALL.iter().filter(there).copied().collect();
-        let file = match files[..] {
-            [] => return Ok(Arc::default()),
-            [file] => file,
-            _ => {
-                let names = ConfigFile::ALL.map(|file| format!("`{}`", file.name())).join(" and ");
-                return Err(format!("{names} are both there, expected one"));
+        match (given, &files[..]) {
+            (Some(given), files) if files.contains(&ConfigFile::ModelToml) => {
+                let own = self.config_file(root, folder, ConfigFile::ModelToml)?;
+                Ok(Arc::new(given.with_model_of(&own)))
             }
-        };
+            (Some(given), _) => Ok(given),
+            (None, []) => Ok(Arc::default()),
+            (None, [file]) => self.config_file(root, folder, *file),
+            (None, _) => {
+                let names = ConfigFile::ALL.map(|file| format!("`{}`", file.name())).join(" and ");
+                Err(format!("{names} are both there, expected one"))
+            }
+        }
+    }
+
+    fn config_file(&mut self, root: &Path, folder: &Path, file: ConfigFile) -> Config {
         let path = folder.join(file.name());
         let Ok(metadata) = fs::metadata(&path) else { return Err(format!("{}: cannot be read", file.name())) };
         let facts = facts(&path, &metadata);
