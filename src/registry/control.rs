@@ -12,8 +12,9 @@ use super::source::{Folder, Scan, SourceError};
 use crate::error::{Error, Kind, Result, quoted};
 use crate::request::VersionId;
 
-/// Requests that wait or are carried out; more are refused.
-const MAX_WAITING: usize = 64;
+/// Requests that wait or are carried out; more are refused. Each may hold one of the admin port's 64 connections, and the
+/// index, which tells how it ends, must still be there to ask.
+const MAX_WAITING: usize = 32;
 
 /// Which models are served.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -793,7 +793,7 @@ fn requests_to_load_wait_in_a_bounded_line_and_each_is_answered() {
             Err(error) => break error,
         }
     };
-    assert_eq!((asked, refused.kind()), (64, Kind::Overloaded));
+    assert_eq!((asked, refused.kind()), (32, Kind::Overloaded));
     gate.open();
     for _ in 0..asked {
         assert_eq!(answers.recv_timeout(Duration::from_secs(60)).unwrap(), Ok(()));
