@@ -37,7 +37,7 @@ impl Engine {
             // A stop is not held up by a load, whose model would serve nobody.
             () = stop(&mut phase) => Err(stopping()),
             told = tokio::time::timeout(self.load_timeout, told) => match told {
-                Ok(outcome) => outcome.unwrap_or_else(|_| Err(stopping())),
+                Ok(outcome) => outcome.unwrap_or_else(|_| Err(self.registry.unanswered())),
                 Err(_) => Err(Error::new(
                     Kind::DeadlineExceeded,
                     "it takes longer than `timeouts.load`: the index tells how it ends",

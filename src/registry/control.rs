@@ -149,3 +149,8 @@ pub(super) fn failed<'a>(model: &str, versions: impl Iterator<Item = (VersionId,
 pub fn stopping() -> Error {
     Error::new(Kind::NotReady, "server is not loading or unloading models: it is stopping")
 }
+
+/// Of a request that broke the thread which loads, and of those that find it gone.
+pub(super) fn broken() -> Error {
+    Error::internal("server failed to load or unload the model: its loader panicked, as the log tells")
+}

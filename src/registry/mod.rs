@@ -43,7 +43,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::monitor::{Monitor, events};
 use crate::scheduler::Gate;
 use cache::Cache;
@@ -274,7 +274,12 @@ impl Registry {
             return Err(control::not_explicit());
         }
         let request = Request::new(model, change, done, &self.shared)?;
-        self.commands.send(Command::Change(request)).map_err(|_| control::stopping())
+        self.commands.send(Command::Change(request)).map_err(|_| self.unanswered())
+    }
+
+    /// Why a request to load or unload is dropped, or not even taken.
+    pub fn unanswered(&self) -> Error {
+        if self.shared.stopping() { control::stopping() } else { control::broken() }
     }
 
     /// Stops loading, closes every version, lets what is queued be answered until the deadline, and removes the private

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -804,6 +805,76 @@ fn requests_to_load_wait_in_a_bounded_line_and_each_is_answered() {
 }
 
 #[test]
+fn what_is_kept_of_the_model_s_own_settings_is_what_describes_it() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx").write("m/model.toml", "threads = 2\n[goldens]\non_load = true");
+    let registry = explicit(&setup, &[]);
+    let error = load_with(&registry, "m", r#"{"max_batch_size": 4}"#).unwrap_err();
+    assert!(error.contains("`expected.json`: is not there"), "{error}");
+    setup.write("m/model.toml", "[encoder]");
+    let error = load_with(&registry, "m", r#"{"max_batch_size": 4}"#).unwrap_err();
+    assert!(error.contains("`encoder`: found beside `model.onnx`"), "{error}");
+    setup.write("m/model.toml", "encode");
+    let error = load_with(&registry, "m", r#"{"max_batch_size": 4}"#).unwrap_err();
+    assert!(error.contains("model.toml: `line 1`"), "{error}");
+    setup.write("m/model.toml", "threads = 2");
+    assert_eq!(load_with(&registry, "m", r#"{"max_batch_size": 4}"#), Ok(()));
+    assert_eq!(choose(&registry, "m", None).unwrap().facts().config.threads, None);
+    stop(&registry);
+}
+
+#[test]
+fn a_panic_over_one_request_ends_no_loading() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    let registry = explicit(&setup, &[]);
+    registry.load("m", None, Box::new(|_| panic!("on purpose"))).unwrap();
+    assert_eq!(load(&registry, "m"), Ok(()));
+    settle(&registry);
+    assert_eq!((index(&registry), registry.unanswered().kind()), (vec!["m/1 Ready".into()], Kind::Internal));
+    stop(&registry);
+    assert_eq!(registry.unanswered().kind(), Kind::NotReady);
+}
+
+#[test]
+fn what_is_asked_for_and_failed_for_a_reason_that_may_pass_is_tried_again() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx").copy(SENTINEL, "n/1/model.onnx").copy(SENTINEL, "o/1/model.onnx");
+    let registry = explicit(&setup, &["m"]);
+    // Its last load failed for good, and takes nothing away, whatever else is tried again.
+    fs::remove_dir_all(setup.path("m/1")).unwrap();
+    setup.write("m/2/model.onnx", "broken");
+    assert!(load(&registry, "m").is_err());
+    let run = setup.run_folder();
+    let aside = setup.dir.path().join("aside");
+    fs::rename(&run, &aside).unwrap();
+    for model in ["n", "o"] {
+        let error = load(&registry, model).unwrap_err();
+        assert!(error.contains("the model cache cannot be written"), "{error}");
+    }
+    unload(&registry, "o");
+    fs::rename(&aside, &run).unwrap();
+    await_that(&registry, "a second attempt", || index(&registry).contains(&"n/1 Ready".into()));
+    assert!(choose(&registry, "m", Some(1)).is_ok() && choose(&registry, "o", None).is_err());
+    stop(&registry);
+}
+
+#[test]
+fn requests_without_end_do_not_keep_the_folder_from_being_looked_at() {
+    let setup = Setup::new(echo());
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    let control = Control::Explicit { at_start: AtStart::Named([].into()), interval: Duration::from_millis(500) };
+    let registry = setup.start_with(Config { control, ..setup.config() }, setup.engines());
+    setup.copy(SENTINEL, "n/1/model.onnx");
+    let patience = Instant::now() + Duration::from_secs(60);
+    while idle(&registry) != ["m", "n"] {
+        assert!(Instant::now() < patience, "it never looks");
+        unload(&registry, "nothing");
+    }
+    stop(&registry);
+}
+
+#[test]
 fn loads_and_unloads_of_one_model_come_one_after_the_other() {
     let setup = Setup::new(echo());
     setup.copy(SENTINEL, "m/1/model.onnx");
@@ -837,7 +908,7 @@ fn a_stopped_registry_answers_nobody_and_holds_nobody_up() {
     // Refused, or dropped unanswered, depending on how far the stop has come.
     let _ = registry.load("m", None, Box::new(move |outcome| tell.send(outcome).unwrap()));
     drop(registry);
-    assert!(told.recv_timeout(Duration::from_secs(60)).is_err());
+    assert_eq!(told.recv_timeout(Duration::from_secs(60)), Err(RecvTimeoutError::Disconnected));
 }
 
 #[test]

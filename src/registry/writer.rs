@@ -5,6 +5,7 @@
 //! that are wanted, and nothing else differs.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender};
 use std::time::{Duration, Instant};
@@ -100,26 +101,34 @@ impl Writer {
         self.name_models();
         self.apply();
         self.shared.loaded();
+        let mut next_look = self.next_look();
         while !self.shared.stopping() {
-            let received = match self.interval {
-                None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(interval) => commands.recv_timeout(interval),
-            };
-            match received {
+            match received(&commands, next_look) {
                 Ok(Command::Poll(done)) => {
-                    self.look();
+                    let _ = survived(|| self.look());
                     // Whoever asked may have left.
                     let _ = done.send(());
                 }
-                Ok(Command::Change(request)) => {
-                    let outcome = self.change(&request);
-                    request.answer(outcome);
-                }
+                Ok(Command::Change(request)) => self.carry_out(request),
                 Ok(Command::Retired(key)) => self.forget(&key),
                 Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-                Err(RecvTimeoutError::Timeout) => self.look(),
+                Err(RecvTimeoutError::Timeout) => {
+                    let _ = survived(|| self.look());
+                    // Counted from the end of a look, so that slow ones leave time for commands.
+                    next_look = self.next_look();
+                }
             }
         }
+    }
+
+    /// `None`: never.
+    fn next_look(&self) -> Option<Instant> {
+        self.interval.and_then(|interval| Instant::now().checked_add(interval))
+    }
+
+    fn carry_out(&mut self, request: Request) {
+        let outcome = survived(|| self.change(&request)).unwrap_or_else(|| Err(control::broken()));
+        let _ = survived(|| request.answer(outcome));
     }
 
     fn look(&mut self) {
@@ -128,7 +137,8 @@ impl Writer {
                 self.say(scan_notes(&scan));
                 if self.asked.is_some() {
                     self.watch.note(&scan);
-                    return self.name_models();
+                    self.name_models();
+                    return self.retry_asked();
                 }
                 let changed = self.watch.observe(scan);
                 if self.retries_due(Instant::now()) || changed {
@@ -179,6 +189,25 @@ impl Writer {
             return Err(control::unknown(model));
         }
         self.adopt(model, scan);
+        self.bring_up(model)
+    }
+
+    /// What failed for a reason that may pass, model by model: of others that failed nothing is taken away unasked.
+    fn retry_asked(&mut self) {
+        if !self.retries_due(Instant::now()) {
+            return;
+        }
+        let due = |slot: &Slot| slot.retry.as_ref().is_some_and(|retry| retry.due);
+        let models: BTreeSet<Arc<str>> =
+            self.slots.iter().filter(|(_, slot)| due(slot)).map(|(key, _)| Arc::clone(&key.model)).collect();
+        for model in &models {
+            // How it ends is in the index.
+            let _ = self.bring_up(model);
+        }
+    }
+
+    /// Loads a model's versions to serve; what others replaced leaves if all are there.
+    fn bring_up(&mut self, model: &Arc<str>) -> Result<()> {
         self.admit(model);
         self.publish();
         if !self.load_wanted(model) {
@@ -348,7 +377,7 @@ impl Writer {
         let Some(found) = self.watch.settled().get(key).cloned() else { return };
         let begun = Instant::now();
         let Some(failures) = self.begin(key, &found.fingerprint) else { return };
-        let outcome = self.try_load(key, &found);
+        let outcome = survived(|| self.try_load(key, &found)).unwrap_or(Err(Failure::Panicked));
         // It was there when the load began, and only this thread removes slots, between loads.
         let Some(slot) = self.slots.get_mut(key) else { return };
         match outcome {
@@ -486,6 +515,20 @@ impl Writer {
     fn publish(&self) {
         self.shared.publish(table(&self.slots, &self.beside));
     }
+}
+
+/// The next command, unless the next look is due: then what waits comes after it, or many commands would put it off for ever.
+fn received(commands: &Receiver<Command>, next_look: Option<Instant>) -> Result<Command, RecvTimeoutError> {
+    match next_look.map(|at| at.saturating_duration_since(Instant::now())) {
+        None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        Some(Duration::ZERO) => Err(RecvTimeoutError::Timeout),
+        Some(left) => commands.recv_timeout(left),
+    }
+}
+
+/// `None` after a panic: a client's text, or a file, that breaks what reads it ends one step, not all loading.
+fn survived<T>(step: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(step)).ok()
 }
 
 pub fn scan_notes(scan: &Scan) -> BTreeSet<String> {
