@@ -62,7 +62,10 @@ impl WarmUps<'_> {
         for _ in 0..times {
             for first in (0..requests).step_by(together) {
                 if self.left.is_zero() {
-                    return Err(format!("{done} of {all} runs after the {} s for all warm-ups", BUDGET.as_secs()));
+                    return Err(format!(
+                        "{done} of {all} runs were done when the {} s for all warm-ups were over",
+                        BUDGET.as_secs()
+                    ));
                 }
                 let before = probe.spent();
                 probe.run(&jobs[..together.min(requests - first)])?;
@@ -220,8 +223,8 @@ mod tests {
             warm_ups.run(&warm_up(requests, runs, input), &mut probe)
         };
         assert_eq!(run(4, 1), Ok(()));
-        assert_eq!(run(8, 1000), Err("2 of 2000 runs after the 60 s for all warm-ups".into()));
-        assert_eq!(run(1, 1), Err("0 of 1 runs after the 60 s for all warm-ups".into()));
+        assert_eq!(run(8, 1000), Err("2 of 2000 runs were done when the 60 s for all warm-ups were over".into()));
+        assert_eq!(run(1, 1), Err("0 of 1 runs were done when the 60 s for all warm-ups were over".into()));
     }
 
     #[test]
