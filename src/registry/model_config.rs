@@ -172,6 +172,11 @@ impl ModelConfig {
             ..self.clone()
         }
     }
+
+    /// Nothing is said but what [`Self::with_model_of`] takes.
+    pub fn is_of_the_model_alone(&self) -> bool {
+        *self == ModelConfig::default().with_model_of(self)
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]

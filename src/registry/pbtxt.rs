@@ -36,7 +36,8 @@ mod proto {
 }
 
 /// What becomes of every field; a part of docs/configuration.md.
-pub const REFERENCE: &str = r#"A Triton repository is served as it is: in place of `model.toml` a model may have Triton's `config.pbtxt`, not both. What would change
+pub const REFERENCE: &str = r#"A Triton repository is served as it is: in place of `model.toml` a model may have Triton's `config.pbtxt`. Beside it a
+`model.toml` may say only what Triton's form has no words for: `[[layers]]` with what belongs to them, `[encoder]` and `[goldens]`. What would change
 answers and is not offered is a refusal, with its reason in the index; what would not is a warning in `tidegate inspect` and the log.
 
 | field | what it means here |

@@ -328,8 +328,16 @@ impl Folder {
             (None, []) => Ok(Arc::default()),
             (None, [file]) => self.config_file(root, folder, *file),
             (None, _) => {
-                let names = ConfigFile::ALL.map(|file| format!("`{}`", file.name())).join(" and ");
-                Err(format!("{names} are both there, expected one"))
+                let own = self.config_file(root, folder, ConfigFile::ModelToml)?;
+                let triton = self.config_file(root, folder, ConfigFile::ConfigPbtxt)?;
+                if !own.is_of_the_model_alone() {
+                    return Err(
+                        "`model.toml` beside `config.pbtxt` says how the model is served, expected it to say only \
+                                what the model is: [[layers]], [encoder], [goldens]"
+                            .into(),
+                    );
+                }
+                Ok(Arc::new(triton.with_model_of(&own)))
             }
         }
     }
@@ -655,7 +663,7 @@ mod tests {
         let root = Root::new();
         root.file("a/1/net.onnx", "x").file("a/config.pbtxt", "default_model_filename: 'net.onnx'");
         root.file("b/1/net.onnx", "x").file("b/model.toml", "model_file = 'net.onnx'");
-        root.file("c/1/model.onnx", "x").file("c/model.toml", "").file("c/config.pbtxt", "");
+        root.file("c/1/model.onnx", "x").file("c/model.toml", "threads = 2").file("c/config.pbtxt", "");
         root.file("d/1/model.plan", "x").file("d/config.pbtxt", "platform: 'tensorrt_plan'");
         root.file("e/1/model.plan", "x").file("e/config.pbtxt", "").file("f/1/model.plan", "x");
         let scan = root.scan();
@@ -663,7 +671,7 @@ mod tests {
         let found: Vec<&Discovered> = scan.versions.values().collect();
         assert!(found[..2].iter().all(|found| found.model.ends_with("1/net.onnx") && found.refused.is_none()));
         let problem = |i: usize| found[i].config.as_ref().unwrap_err().as_str();
-        assert_eq!(problem(2), "`model.toml` and `config.pbtxt` are both there, expected one");
+        assert_eq!(problem(2), "");
         assert!(problem(3).contains("tensorrt_plan") && found[3].refused.is_none(), "{}", problem(3));
         assert!(found[4].refused.as_ref().unwrap().starts_with("`model.onnx` cannot be read"));
         let print = || root.scan().versions.into_values().next().unwrap().fingerprint;

@@ -45,6 +45,16 @@ output [
 ]
 "#;
 
+const DIGITS_ST: &str = r#"
+platform: "candle_safetensors"
+max_batch_size: 64
+input [ { name: "image" data_type: TYPE_FP32 dims: [ 64 ] } ]
+output [ { name: "probabilities" data_type: TYPE_FP32 dims: [ 10 ] label_filename: "labels.txt" } ]
+dynamic_batching { }
+"#;
+
+const TUMOR_ST: &str = "backend: \"candle\"";
+
 /// The model files and labels of an example, without its own settings, as `name`.
 fn add(models: &Models, example: &str, versions: &[&str], name: &str, config: &str, file: &str) {
     let from = root().join("models").join(example);
@@ -65,7 +75,20 @@ fn repository() -> Models {
     add(&models, "tumor", &["1"], "tumor", TUMOR, "net.onnx");
     add(&models, "wine", &["1"], "wine", WINE, "model.onnx");
     add(&models, "diabetes", &["1"], "diabetes", "platform: \"onnxruntime_onnx\"", "model.onnx");
+    add_layered(&models, "digits_st", DIGITS_ST);
+    add_layered(&models, "tumor_st", TUMOR_ST);
     models
+}
+
+/// A safetensors example: its layers stay in a `model.toml` that says nothing else.
+fn add_layered(models: &Models, name: &str, config: &str) {
+    let from = root().join("models").join(name);
+    let own = std::fs::read_to_string(from.join("model.toml")).unwrap();
+    let layers: Vec<&str> = own.lines().filter(|line| !line.starts_with("labels")).collect();
+    models.write(&format!("{name}/model.toml"), layers.join("\n"));
+    models.write(&format!("{name}/1/model.safetensors"), std::fs::read(from.join("1/model.safetensors")).unwrap());
+    models.write(&format!("{name}/labels.txt"), std::fs::read(from.join("labels.txt")).unwrap());
+    models.write(&format!("{name}/config.pbtxt"), config);
 }
 
 #[test]
@@ -73,7 +96,15 @@ fn every_example_answers_as_the_frameworks_do() {
     let models = repository();
     for engine in engines() {
         let server = TestServer::of(models.path()).set("engine", engine).start();
-        for (model, version) in [("digits", "1"), ("digits", "2"), ("tumor", "1"), ("wine", "1"), ("diabetes", "1")] {
+        for (model, version) in [
+            ("digits", "1"),
+            ("digits", "2"),
+            ("tumor", "1"),
+            ("wine", "1"),
+            ("diabetes", "1"),
+            ("digits_st", "1"),
+            ("tumor_st", "1"),
+        ] {
             assert_eq!(mismatches(&server, model, version), Vec::<String>::new(), "on {engine}");
         }
     }
@@ -172,7 +203,7 @@ fn a_file_that_cannot_be_honoured_fails_its_model_alone() {
     tumor("misnamed", "name: \"tumor\"");
     tumor("wide", "max_batch_size: 4 input { name: \"features\" data_type: TYPE_FP64 dims: 31 }");
     tumor("both", "");
-    models.write("both/model.toml", "");
+    models.write("both/model.toml", "threads = 2");
     let warm_up = "inputs { key: \"features\" value { data_type: TYPE_FP32 dims: 31 zero_data: true } }";
     tumor("cold", &format!("max_batch_size: 4 model_warmup {{ name: \"w\" {warm_up} }}"));
     models.write("script/1/model.py", "");
@@ -187,7 +218,10 @@ fn a_file_that_cannot_be_honoured_fails_its_model_alone() {
         ("unknown", "config.pbtxt: `line 2`: found field 'max_batch_sise' not found"),
         ("misnamed", "config.pbtxt: `name`: found \"tumor\", expected \"misnamed\""),
         ("wide", "config.pbtxt: input `features`: found FP64 [-1,31], expected FP32 [-1,30] as in the model"),
-        ("both", "`model.toml` and `config.pbtxt` are both there, expected one"),
+        (
+            "both",
+            "`model.toml` beside `config.pbtxt` says how the model is served, expected it to say only what the model is",
+        ),
         ("cold", "warm-up `w`: input `features` is FP32 [1,31], expected FP32 [-1,30]"),
         ("script", "config.pbtxt: `backend`: found \"python\", expected one of \"onnxruntime\""),
     ] {
