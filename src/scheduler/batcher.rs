@@ -1,7 +1,8 @@
 //! Which jobs run together, and when: a queue that is cut into batches. Pure and generic: no clock, no threads, no
 //! knowledge of models; the standard library only.
 //!
-//! Invariants: every entry leaves exactly once, in a batch or by [`Batcher::remove`]. A batch holds entries of one key
+//! Invariants: every entry leaves exactly once, in a batch or by [`Batcher::remove`], unless it is put back: then it
+//! stands where it stood. A batch holds entries of one key
 //! and at most the preferred rows, save a single entry that is larger. It starts with the head of the queue (smallest
 //! priority, then arrival) and continues in that order within its key, up to the first entry that does not fit: small
 //! entries never overtake a large one. Nothing is held back once it has waited `max_delay`.
@@ -34,6 +35,14 @@ pub struct Entry<K, P, T> {
     pub item: T,
 }
 
+impl<K, P, T> Entry<K, P, T> {
+    /// The same entry with another item, and the one it had.
+    pub fn replace<U>(self, item: U) -> (Entry<K, P, U>, T) {
+        let Entry { key, priority, rows, bytes, arrived, item: replaced } = self;
+        (Entry { key, priority, rows, bytes, arrived, item }, replaced)
+    }
+}
+
 /// Where a waiting entry stands in the queue, and its name while it waits there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket<P> {
@@ -44,8 +53,8 @@ pub struct Ticket<P> {
 /// What a free worker should do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Poll<K, P, T> {
-    /// Run these. Never empty.
-    Batch(Vec<Entry<K, P, T>>),
+    /// Run these. Never empty. A ticket puts its entry back.
+    Batch(Vec<(Ticket<P>, Entry<K, P, T>)>),
     /// Nothing before then, unless more arrives.
     Wait(Instant),
     Idle,
@@ -118,6 +127,12 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
     pub fn push(&mut self, entry: Entry<K, P, T>) -> Ticket<P> {
         let ticket = Ticket { priority: entry.priority, sequence: self.next_sequence };
         self.next_sequence += 1;
+        self.put_back(ticket, entry);
+        ticket
+    }
+
+    /// Puts an entry that was taken back where it stood.
+    pub fn put_back(&mut self, ticket: Ticket<P>, entry: Entry<K, P, T>) {
         self.bytes = self.bytes.saturating_add(entry.bytes);
         let rows = counted(entry.rows);
         if let Some(lane) = self.lanes.get_mut(&entry.key) {
@@ -132,7 +147,6 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
             self.recount(0, rows);
         }
         self.queue.insert(ticket, entry);
-        ticket
     }
 
     /// Takes an entry out of the queue; `None` if it has left already.
@@ -168,7 +182,7 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
             Readiness::At(due) => Poll::Wait(due),
             Readiness::Ready => {
                 let tickets = self.head_batch();
-                Poll::Batch(tickets.into_iter().filter_map(|ticket| self.take(ticket)).collect())
+                Poll::Batch(tickets.into_iter().filter_map(|ticket| Some((ticket, self.take(ticket)?))).collect())
             }
         }
     }
@@ -257,7 +271,7 @@ mod tests {
 
     fn items(poll: Poll<u8, u8, usize>) -> Vec<usize> {
         match poll {
-            Poll::Batch(entries) => entries.into_iter().map(|entry| entry.item).collect(),
+            Poll::Batch(taken) => taken.into_iter().map(|(_, entry)| entry.item).collect(),
             other => panic!("expected a batch, got {other:?}"),
         }
     }
@@ -331,6 +345,7 @@ mod tests {
         Push { key: u8, priority: u8, rows: usize },
         Remove(usize),
         Poll,
+        PutBack,
         Advance(u32),
         Prefer(usize),
     }
@@ -340,6 +355,7 @@ mod tests {
             6 => (0u8..3, 0u8..3, 0usize..7).prop_map(|(key, priority, rows)| Step::Push { key, priority, rows }),
             2 => (0usize..64).prop_map(Step::Remove),
             3 => Just(Step::Poll),
+            1 => Just(Step::PutBack),
             2 => (0u32..4).prop_map(Step::Advance),
             1 => (1usize..6).prop_map(Step::Prefer),
         ]
@@ -401,6 +417,11 @@ mod tests {
                         gone.push(ticket);
                     }
                     Step::Remove(_) => {}
+                    Step::PutBack => {
+                        if let Poll::Batch(batch) = batcher.poll(now) {
+                            batch.into_iter().rev().for_each(|(ticket, entry)| batcher.put_back(ticket, entry));
+                        }
+                    }
                     Step::Poll => match batcher.poll(now) {
                         Poll::Idle => prop_assert!(model.waiting.is_empty()),
                         Poll::Wait(until) => {
@@ -408,6 +429,7 @@ mod tests {
                             prop_assert!(until > now && model.lane_rows().iter().all(|rows| *rows < model.preferred));
                         }
                         Poll::Batch(batch) => {
+                            let batch: Vec<_> = batch.into_iter().map(|(_, entry)| entry).collect();
                             prop_assert!(batch.iter().all(|entry| entry.key == batch[0].key));
                             let rows: usize = batch.iter().map(|entry| entry.rows.max(1)).sum();
                             prop_assert!(batch.len() == 1 || rows <= model.preferred);

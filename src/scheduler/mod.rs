@@ -5,8 +5,13 @@
 //! see, `worker` the loop that runs.
 //!
 //! Invariants: a request leaves the queue exactly once, to a worker or because its caller stopped waiting. A job that
-//! was taken is answered even after [`Scheduler::close`]. Whenever something is queued, a worker is on its way to it
-//! or busy and will look again before it rests. An idle version has no running thread.
+//! was taken is answered even after [`Scheduler::close`]; only a worker that cannot make its instance puts its jobs back
+//! where they stood, for the workers of another group. Whenever something is queued, a worker is on its way to it
+//! or busy and will look again before it rests. An idle version has no running thread. A group that rests is called
+//! before those behind it, whatever else they wait for.
+//!
+//! A group whose instance cannot be made gives its place up where another group has one. A group whose runs fail keeps
+//! its instances and its share of the requests: no run error tells a lost device from a request at fault.
 //!
 //! Locks: one mutex around the [`State`], held for queue operations only, never while an engine works or a gate is
 //! waited for. Threads: callers submit from any async task and never block; workers are std threads, started on
@@ -115,10 +120,6 @@ struct Shared {
     /// False once demoted.
     batching: AtomicBool,
     state: Mutex<State>,
-    /// Resting workers wait here for a wake-up.
-    work: Condvar,
-    /// Workers wait here for a batch to fill.
-    filling: Condvar,
     /// `join` waits here for workers to end.
     ended: Condvar,
 }
@@ -127,6 +128,10 @@ struct Shared {
 struct Engine {
     model: Arc<dyn Model>,
     cores: usize,
+    /// Resting workers wait here for a wake-up.
+    work: Condvar,
+    /// Workers wait here for a batch to fill.
+    filling: Condvar,
 }
 
 type Key = Box<[usize]>;
@@ -137,19 +142,11 @@ struct State {
     closed: bool,
     /// Instances of workers that have ended, with their groups, the most recent last.
     instances: Vec<(usize, Box<dyn Instance>)>,
-    /// By group. Places for instances: those above, and one for every worker (empty for a moment after a panic).
+    /// By group.
     slots: Vec<Slots>,
     workers: usize,
-    /// Resting workers that have not been called.
-    resting: usize,
-    /// Calls that a resting worker has yet to notice.
-    calls: usize,
-    /// Workers on their way to the queue: called, started, or waiting for the gate or for a batch to fill.
-    heading: usize,
     /// Workers that have begun to reply and will look at the queue next.
     returning: usize,
-    /// Workers that wait for a batch to fill.
-    filling: usize,
     /// One worker at a time makes another instance.
     growing: bool,
     /// Jobs taken and not yet answered.
@@ -157,11 +154,21 @@ struct State {
     handles: Vec<JoinHandle<()>>,
 }
 
-#[derive(Clone, Copy)]
+/// A group's places for instances, and what its workers are at.
+#[derive(Clone, Copy, Default)]
 struct Slots {
+    /// Idle instances, and one for every worker (empty for a moment after a panic).
     taken: usize,
-    /// At least 1 in one group or more: a group loses places only while another instance is there.
+    /// At least 1 in one group or more: the last group that has a place keeps it.
     most: usize,
+    /// Resting workers that have not been called.
+    resting: usize,
+    /// Calls that a resting worker has yet to notice.
+    calls: usize,
+    /// Workers on their way to the queue: called, started, or waiting for the gate or for a batch to fill.
+    heading: usize,
+    /// Workers that wait for a batch to fill.
+    filling: usize,
 }
 
 impl State {
@@ -169,10 +176,10 @@ impl State {
         self.slots.iter().any(|slots| slots.taken > 0)
     }
 
-    /// Of the first group that has any, the most recent.
-    fn take_idle(&mut self) -> Option<(usize, Box<dyn Instance>)> {
-        let place = (0..self.instances.len()).rev().min_by_key(|place| self.instances[*place].0)?;
-        Some(self.instances.remove(place))
+    /// The group's most recent.
+    fn take_idle(&mut self, group: usize) -> Option<Box<dyn Instance>> {
+        let place = self.instances.iter().rposition(|(of, _)| *of == group)?;
+        Some(self.instances.remove(place).1)
     }
 
     /// The group with the fewest instances of those that may have more.
@@ -181,9 +188,26 @@ impl State {
         groups.min_by_key(|(_, slots)| slots.taken).map(|(group, _)| group)
     }
 
-    /// A worker that waits for a batch to fill need not wait any longer.
-    fn filled(&self, now: Instant) -> bool {
-        self.filling > 0 && self.batcher.readiness(now) == Readiness::Ready
+    /// Another group than this one may have an instance.
+    fn others_have_room(&self, group: usize) -> bool {
+        self.slots.iter().enumerate().any(|(other, slots)| other != group && slots.most > 0)
+    }
+
+    /// A worker has ended without its instance. `for_good`: one for its place cannot be made, and its group makes do
+    /// with those it has. The last place of all stays: whoever takes it next tries again.
+    fn vacate(&mut self, group: usize, for_good: bool) {
+        let last = !self.others_have_room(group);
+        let slots = &mut self.slots[group];
+        slots.taken -= 1;
+        if for_good {
+            slots.most = slots.taken.max(usize::from(last));
+        }
+    }
+
+    /// The first group of those whose workers wait for a batch to fill, if they need not wait any longer.
+    fn filled(&self, now: Instant) -> Option<usize> {
+        let group = self.slots.iter().position(|slots| slots.filling > 0)?;
+        (self.batcher.readiness(now) == Readiness::Ready).then_some(group)
     }
 }
 
@@ -195,6 +219,8 @@ struct Job {
     length: Option<usize>,
     deadline: Option<Instant>,
     submitted: Instant,
+    /// Where it stood in the queue, once taken.
+    place: Option<(Ticket, Entry<Key, Priority, ()>)>,
     permit: Permit,
     reply: oneshot::Sender<Result<Answer>>,
 }
@@ -209,11 +235,12 @@ impl Scheduler {
         monitor: Arc<VersionMonitor>,
     ) -> Scheduler {
         let preferred_rows = if config.batching { config.preferred_rows } else { 1 };
-        let slots = groups.iter().map(|group| Slots { taken: 1, most: group.instances.max(1) }).collect();
+        let slots =
+            groups.iter().map(|group| Slots { taken: 1, most: group.instances.max(1), ..Slots::default() }).collect();
         let outputs = groups.first().map_or(0, |group| group.model.signature().outputs.len());
         let (mut engines, mut instances) = (Vec::new(), Vec::new());
         for (place, Group { model, instance, cores, .. }) in groups.into_iter().enumerate() {
-            engines.push(Engine { model, cores });
+            engines.push(Engine { model, cores, work: Condvar::new(), filling: Condvar::new() });
             instances.push((place, instance));
         }
         let state = State {
@@ -222,11 +249,7 @@ impl Scheduler {
             instances,
             slots,
             workers: 0,
-            resting: 0,
-            calls: 0,
-            heading: 0,
             returning: 0,
-            filling: 0,
             growing: false,
             running: 0,
             handles: Vec::new(),
@@ -241,8 +264,6 @@ impl Scheduler {
                 gate,
                 monitor,
                 state: Mutex::new(state),
-                work: Condvar::new(),
-                filling: Condvar::new(),
                 ended: Condvar::new(),
             }),
         }
@@ -270,8 +291,8 @@ impl Scheduler {
         state.closed = true;
         state.batcher.set_max_delay(Duration::ZERO);
         drop(state);
-        self.shared.work.notify_all();
-        self.shared.filling.notify_all();
+        self.shared.engines.iter().for_each(|engine| engine.work.notify_all());
+        self.shared.wake_filling();
     }
 
     /// Closes, and waits until all queued and running jobs are answered and the threads have ended. `Err`: how many
@@ -327,7 +348,7 @@ impl Shared {
             return Err(expired());
         }
         self.check_admits(&state, bytes)?;
-        let job = Job { inputs, outputs, rows, length, deadline, submitted: now, permit, reply };
+        let job = Job { inputs, outputs, rows, length, deadline, submitted: now, place: None, permit, reply };
         // Where nothing is shared, every request is one batch, however many rows it has.
         let rows = if self.batching.load(Ordering::Relaxed) { rows } else { 1 };
         let ticket = state.batcher.push(Entry { key, priority, rows, bytes, arrived: now, item: job });
@@ -355,29 +376,45 @@ impl Shared {
         Err(Error::new(Kind::Overloaded, message))
     }
 
-    /// Sees to it that enough workers head for what is queued. True: wake one resting worker, after unlocking.
-    fn summon(self: &Arc<Self>, state: &mut State) -> bool {
-        if state.batcher.batches() <= state.heading {
-            return false;
+    /// Sees to it that enough workers head for what is queued: those in front first, and no matter how many head for
+    /// it from behind, who may wait for a core. Then wake one resting worker of the group it gives, after unlocking.
+    fn summon(self: &Arc<Self>, state: &mut State) -> Option<usize> {
+        let wanted = state.batcher.batches();
+        let mut heading = 0;
+        for group in 0..state.slots.len() {
+            let slots = &mut state.slots[group];
+            heading += slots.heading;
+            if wanted <= heading {
+                return None;
+            }
+            if slots.resting > 0 {
+                slots.resting -= 1;
+                slots.calls += 1;
+                slots.heading += 1;
+                return Some(group);
+            }
+            let idle = state.take_idle(group);
+            if idle.is_some() && self.start_worker(state, group, idle) {
+                return None;
+            }
         }
-        if state.resting > 0 {
-            state.resting -= 1;
-            state.calls += 1;
-            state.heading += 1;
-            return true;
-        }
-        self.start_worker(state);
-        false
+        self.add_worker(state);
+        None
     }
 
-    /// After unlocking: one that rests, one that waits for a batch to fill.
-    fn wake(&self, resting: bool, filling: bool) {
-        if resting {
-            self.work.notify_one();
+    /// After unlocking: one that rests, one that waits for a batch to fill, of these groups.
+    fn wake(&self, resting: Option<usize>, filling: Option<usize>) {
+        if let Some(group) = resting {
+            self.engines[group].work.notify_one();
         }
-        if filling {
-            self.filling.notify_one();
+        if let Some(group) = filling {
+            self.engines[group].filling.notify_one();
         }
+    }
+
+    /// All that wait for a batch to fill.
+    fn wake_filling(&self) {
+        self.engines.iter().for_each(|engine| engine.filling.notify_all());
     }
 
     fn emit_queue(&self, state: &State) {
@@ -389,7 +426,7 @@ impl Shared {
     fn demote(&self) {
         if self.batching.swap(false, Ordering::Relaxed) {
             lock(&self.state).batcher.set_preferred_rows(1);
-            self.filling.notify_all();
+            self.wake_filling();
             let reason = "an output does not have as many rows as its inputs";
             VersionDemoted { version: &self.monitor, reason }.emit();
         }

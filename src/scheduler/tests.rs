@@ -35,6 +35,10 @@ struct Script {
 struct ScriptState {
     held: bool,
     inside: usize,
+    /// Keeps the next instance from being made.
+    hold_make: bool,
+    /// One is kept so.
+    making: bool,
     /// The values of each run, in order.
     runs: Vec<Vec<f32>>,
     threads: HashMap<ThreadId, String>,
@@ -55,6 +59,31 @@ impl Script {
         let state = lock(&self.state);
         drop(self.changed.wait_timeout_while(state, AGES, |state| state.inside != count).unwrap());
         assert_eq!(lock(&self.state).inside, count);
+    }
+
+    /// Keeps the next instance, and no other, from being made until released.
+    fn hold_make(&self) {
+        lock(&self.state).hold_make = true;
+    }
+
+    fn wait_for_make(&self) {
+        let state = lock(&self.state);
+        let waited = self.changed.wait_timeout_while(state, AGES, |state| !state.making).unwrap();
+        assert!(!waited.1.timed_out());
+    }
+
+    fn release_make(&self) {
+        lock(&self.state).making = false;
+        self.changed.notify_all();
+    }
+
+    fn begin_make(&self) {
+        let mut state = lock(&self.state);
+        if std::mem::take(&mut state.hold_make) {
+            state.making = true;
+            self.changed.notify_all();
+            drop(self.changed.wait_while(state, |state| state.making).unwrap());
+        }
     }
 
     fn runs(&self) -> Vec<Vec<f32>> {
@@ -94,6 +123,7 @@ impl Model for ScriptedModel {
         &[OutputKind::Values; 2]
     }
     fn instance(&self) -> Result<Box<dyn Instance>, LoadError> {
+        self.script.begin_make();
         if self.script.broken.load(Ordering::SeqCst) {
             return Err(LoadError::Engine { engine: "scripted", message: "out of memory".into() });
         }
@@ -227,13 +257,14 @@ impl Bench {
         assert!(!ended.1.timed_out());
     }
 
-    /// Spins until as many workers wait for a batch to fill: nothing signals that they have begun to.
-    fn wait_for_filling(&self, workers: usize) {
+    /// Spins until as many workers are at it: nothing signals that they have begun to.
+    fn wait_until(&self, at_it: impl Fn(&Slots) -> usize, workers: usize) {
         let since = Instant::now();
-        while lock(&self.scheduler.shared.state).filling < workers && since.elapsed() < AGES {
+        let count = || lock(&self.scheduler.shared.state).slots.iter().map(&at_it).sum::<usize>();
+        while count() < workers && since.elapsed() < AGES {
             thread::yield_now();
         }
-        assert_eq!(lock(&self.scheduler.shared.state).filling, workers);
+        assert_eq!(count(), workers);
     }
 
     fn in_flight(&self) -> usize {
@@ -250,10 +281,11 @@ impl Bench {
     fn join(&self) {
         self.scheduler.join(Instant::now() + AGES).unwrap();
         let state = lock(&self.scheduler.shared.state);
-        let counts =
-            [state.workers, state.resting, state.calls, state.heading, state.filling, state.returning, state.running];
-        assert_eq!((counts, state.growing), ([0; 7], false), "a count is off");
+        let counts = [state.workers, state.returning, state.running];
+        assert_eq!((counts, state.growing), ([0; 3], false), "a count is off");
         for (group, slots) in state.slots.iter().enumerate() {
+            let counts = [slots.resting, slots.calls, slots.heading, slots.filling];
+            assert_eq!(counts, [0; 4], "a count of group {group} is off");
             assert_eq!(slots.taken, state.instances.iter().filter(|(of, _)| *of == group).count(), "group {group}");
         }
     }
@@ -627,6 +659,31 @@ async fn a_version_makes_do_with_the_instances_it_has() {
     bench.join();
 }
 
+/// While one worker fails to make a second instance, the other one loses the first.
+#[tokio::test]
+async fn the_last_place_for_an_instance_is_never_given_up() {
+    let config = Config { preferred_rows: 1, linger: Duration::ZERO, ..Bench::config() };
+    let bench = Bench::of(2, config);
+    bench.script.hold();
+    bench.script.hold_make();
+    let panics = bench.submit(&[PANIC]);
+    bench.script.wait_for_runs_inside(1);
+    let rejected = bench.submit(&[1.0]);
+    bench.script.wait_for_make();
+    bench.script.broken.store(true, Ordering::SeqCst);
+    bench.script.release();
+    for submitted in [panics, rejected] {
+        assert_eq!(kind(submitted).await, Kind::BackendFailed);
+    }
+    bench.wait_for_an_end(|state| state.workers == 1);
+    bench.script.release_make();
+    bench.wait_for_an_end(|state| state.workers == 0);
+    assert_eq!(kind(bench.submit(&[1.0])).await, Kind::BackendFailed);
+    bench.script.broken.store(false, Ordering::SeqCst);
+    assert_eq!(values(bench.submit(&[1.0])).await, [2.0]);
+    bench.join();
+}
+
 #[tokio::test]
 async fn groups_answer_alike_the_first_one_first_and_each_keeps_its_own_number() {
     let (first, second) = (Arc::<Script>::default(), Arc::<Script>::default());
@@ -672,6 +729,80 @@ async fn an_instance_that_panicked_is_made_again_in_its_own_group() {
     for submitted in waiting {
         done(submitted).await.unwrap();
     }
+    bench.join();
+}
+
+#[tokio::test]
+async fn a_group_that_cannot_make_its_instance_leaves_its_requests_to_another() {
+    let (first, second) = (Arc::<Script>::default(), Arc::<Script>::default());
+    let bench = Bench::with(&first, vec![group(&first, 1, 0), group(&second, 1, 1)], Bench::config());
+    let all = bench.gate.acquire(usize::MAX);
+    first.broken.store(true, Ordering::SeqCst);
+    first.hold();
+    first.hold_make();
+    let panics = bench.submit(&[PANIC]);
+    first.wait_for_runs_inside(1);
+    let deadline = Some(Instant::now() + AGES);
+    let taken = bench.send(Prepared { deadline, ..Bench::prepared(&[1.0]) });
+    let [leaves_while_taken, leaves_when_put_back] = [bench.submit(&[2.0]), bench.submit(&[3.0])];
+    first.release();
+    assert_eq!(kind(panics).await, Kind::BackendFailed);
+    first.wait_for_make();
+    assert_eq!(bench.queued(), 0, "the worker without an instance has them");
+    drop(leaves_while_taken);
+    let later = bench.submit(&[4.0]);
+    first.release_make();
+    bench.wait_for_an_end(|state| state.workers == 1);
+    assert_eq!((bench.queued(), bench.in_flight(), bench.running()), (3, 3, 0));
+    drop(leaves_when_put_back);
+    assert_eq!((bench.queued(), bench.in_flight()), (2, 2));
+    drop(all);
+    assert_eq!((values(taken).await, values(later).await), (vec![2.0], vec![8.0]));
+    assert_eq!(second.runs(), [[1.0, 4.0]], "in their old order");
+
+    // The last group that has a place keeps it, and tells its callers.
+    second.broken.store(true, Ordering::SeqCst);
+    assert_eq!(kind(bench.submit(&[PANIC])).await, Kind::BackendFailed);
+    assert_eq!(kind(bench.submit(&[1.0])).await, Kind::BackendFailed);
+    second.broken.store(false, Ordering::SeqCst);
+    assert_eq!(values(bench.submit(&[1.0])).await, [2.0]);
+    assert_eq!((first.runs().len(), first.made.load(Ordering::SeqCst)), (1, 1));
+    bench.join();
+}
+
+/// A worker that waits for a core counts for nothing where the group in front rests.
+#[tokio::test]
+async fn no_request_waits_for_a_core_while_the_group_in_front_rests() {
+    let (first, second) = (Arc::<Script>::default(), Arc::<Script>::default());
+    let groups = vec![group(&first, 1, 0), group(&second, 1, 1)];
+    let bench = Bench::with(&first, groups, Config { preferred_rows: 1, ..Bench::config() });
+    first.hold();
+    second.hold();
+    let warm = [bench.submit(&[1.0]), bench.submit(&[2.0])];
+    second.wait_for_runs_inside(1);
+    // The group in front rests last, so that the order in which threads came to rest would choose the other one.
+    second.release();
+    bench.wait_until(|slots| slots.resting, 1);
+    first.release();
+    for submitted in warm {
+        done(submitted).await.unwrap();
+    }
+    bench.wait_until(|slots| slots.resting, 2);
+
+    let all = bench.gate.acquire(usize::MAX);
+    first.hold();
+    let mut waiting = vec![bench.submit(&[3.0])];
+    first.wait_for_runs_inside(1);
+    waiting.push(bench.submit(&[4.0]));
+    bench.wait_until(|slots| slots.heading, 1);
+    first.release();
+    for submitted in waiting {
+        done(submitted).await.unwrap();
+    }
+    bench.wait_until(|slots| slots.resting, 1);
+    assert_eq!(values(bench.submit(&[5.0])).await, [10.0]);
+    assert_eq!((first.runs().len(), second.runs().len()), (4, 1));
+    drop(all);
     bench.join();
 }
 
@@ -724,7 +855,7 @@ async fn a_full_lane_does_not_wait_for_the_worker_that_took_anothers_head() {
     let keyed = |key: usize, value| Prepared { key: [key].into(), ..Bench::prepared(&[value]) };
     bench.script.hold();
     let mut waiting = vec![bench.send(keyed(1, 1.0)), bench.send(keyed(2, 2.0))];
-    bench.wait_for_filling(2);
+    bench.wait_until(|slots| slots.filling, 2);
     waiting.push(bench.send(keyed(2, 3.0)));
     bench.script.wait_for_runs_inside(2);
     bench.script.release();

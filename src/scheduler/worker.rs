@@ -2,7 +2,7 @@
 //! splits the outputs and replies.
 //!
 //! Owns one instance while it lives. A failed batch is bisected by request; a panic costs the instance, which is made
-//! anew. Never holds the state's lock while it waits for the gate, runs, replies or records.
+//! anew. Where that fails, other groups get the jobs and the worker ends; the last group tells the callers. Never holds the state's lock while it waits for the gate, runs, replies or records.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,12 +10,12 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use super::batcher::{Poll, Readiness};
-use super::{Answer, Job, Shared, State, expired, lock};
+use super::batcher::{Entry, Poll, Readiness};
+use super::{Answer, Job, Key, Shared, State, Ticket, expired, lock};
 use crate::backend::{Batch, Instance, RunError, panic_text};
 use crate::error::{Error, Kind};
 use crate::monitor::events::BatchExecuted;
-use crate::request::Timings;
+use crate::request::{Priority, Timings};
 use crate::tensor::{Ragged, Tensor};
 
 /// What Linux keeps of a thread's name.
@@ -27,7 +27,11 @@ struct Worker {
     group: usize,
     /// `None` after a panic, until it has been made anew.
     instance: Option<Box<dyn Instance>>,
-    /// Counted in `State::heading`.
+    /// Makes one more instance first: `State::growing`.
+    growing: bool,
+    /// An instance cannot be made: its place is given up when it ends.
+    gives_up: bool,
+    /// Counted in `Slots::heading`.
     heading: bool,
     /// Counted in `State::returning`.
     returning: bool,
@@ -46,30 +50,42 @@ enum Outcome {
 }
 
 impl Shared {
-    /// Starts a worker: with an instance of one that has ended, or to make the only instance again, or to make one
-    /// more while the others work. Starts none where there are as many as there may be, or where another is about to
-    /// be free: one caller that sends request after request is no reason for a second instance.
-    pub(super) fn start_worker(self: &Arc<Self>, state: &mut State) {
-        let (group, instance) = state.take_idle().map_or((None, None), |(group, idle)| (Some(group), Some(idle)));
-        let grow = instance.is_none() && state.has_instances();
-        if grow && (state.growing || state.returning > 0 || state.closed) {
+    /// Starts a worker to make the only instance again, or to make one more while the others work. Starts none where
+    /// there are as many as there may be, or where another is about to be free: one caller that sends request after
+    /// request is no reason for a second instance.
+    pub(super) fn add_worker(self: &Arc<Self>, state: &mut State) {
+        if state.has_instances() && (state.growing || state.returning > 0 || state.closed) {
             return;
         }
-        let Some(group) = group.or_else(|| state.group_with_room()) else { return };
-        let (heading, new_slot) = (!grow, instance.is_none());
+        if let Some(group) = state.group_with_room() {
+            self.start_worker(state, group, None);
+        }
+    }
+
+    /// With an instance of one that has ended, or none. False: there is no thread for it.
+    pub(super) fn start_worker(
+        self: &Arc<Self>,
+        state: &mut State,
+        group: usize,
+        instance: Option<Box<dyn Instance>>,
+    ) -> bool {
+        let new_slot = instance.is_none();
+        let growing = new_slot && state.has_instances();
+        let heading = !growing;
         let name = thread_name(&self.name, state.workers);
         let shared = Arc::clone(self);
         let begin = move || {
-            let (returning, running, executed) = (false, 0, Vec::new());
-            let worker = Worker { shared, group, instance, heading, returning, running, executed };
-            worker.work(grow);
+            let (gives_up, returning, running, executed) = (false, false, 0, Vec::new());
+            Worker { shared, group, instance, growing, gives_up, heading, returning, running, executed }.work();
         };
-        match thread::Builder::new().name(name).spawn(begin) {
+        let spawned = thread::Builder::new().name(name).spawn(begin);
+        let started = spawned.is_ok();
+        match spawned {
             Ok(handle) => {
                 state.workers += 1;
-                state.heading += usize::from(heading);
+                state.slots[group].heading += usize::from(heading);
                 state.slots[group].taken += usize::from(new_slot);
-                state.growing |= grow;
+                state.growing |= growing;
                 state.handles.retain(|handle| !handle.is_finished());
                 state.handles.push(handle);
             }
@@ -80,6 +96,7 @@ impl Shared {
                 self.refuse_if_deserted(state);
             }
         }
+        started
     }
 
     /// Without a worker nobody would ever answer.
@@ -103,12 +120,12 @@ impl Shared {
 }
 
 impl Worker {
-    fn work(mut self, grow: bool) {
-        if grow && !self.grow() {
+    fn work(mut self) {
+        if self.growing && !self.grow() {
             return;
         }
         let (gate, cores) = (Arc::clone(&self.shared.gate), self.shared.engines[self.group].cores);
-        while self.find_work() {
+        while !self.gives_up && self.find_work() {
             let turn = gate.acquire(cores);
             let jobs = self.take();
             self.serve(jobs);
@@ -119,24 +136,20 @@ impl Worker {
 
     /// Makes one more instance. If that fails, the group makes do with those it has.
     fn grow(&mut self) -> bool {
-        let made = self.shared.make_instance(self.group);
-        let mut state = lock(&self.shared.state);
-        state.growing = false;
-        match made {
+        match self.shared.make_instance(self.group) {
             Ok(instance) => {
                 self.instance = Some(instance);
-                true
+                self.growing = false;
+                lock(&self.shared.state).growing = false;
             }
             Err(error) => {
-                // This worker's own slot goes when it ends.
-                let slots = &mut state.slots[self.group];
-                slots.most = slots.taken - 1;
-                let instances = slots.most;
-                drop(state);
+                self.gives_up = true;
+                // This worker's own place goes when it ends.
+                let instances = lock(&self.shared.state).slots[self.group].taken - 1;
                 tracing::warn!(version = &*self.shared.name, error, instances, "cannot make another instance");
-                false
             }
         }
+        !self.gives_up
     }
 
     /// Waits until there is a batch to take. False: this worker is not needed any more.
@@ -153,7 +166,7 @@ impl Worker {
                 }
                 Readiness::At(due) => {
                     self.set_heading(&mut state, true);
-                    state = wait_to_fill(&shared, state, due);
+                    state = self.wait_to_fill(&shared, state, due);
                 }
                 Readiness::Idle => {
                     self.set_heading(&mut state, false);
@@ -172,21 +185,37 @@ impl Worker {
     /// Rests until called or closed; `None` once it has lingered long enough.
     fn rest<'a>(&mut self, shared: &'a Shared, mut state: MutexGuard<'a, State>) -> Option<MutexGuard<'a, State>> {
         let since = Instant::now();
-        state.resting += 1;
+        state.slots[self.group].resting += 1;
         loop {
-            if state.calls > 0 {
+            let slots = &mut state.slots[self.group];
+            if slots.calls > 0 {
                 // Whoever called has counted this worker as heading, and no longer as resting.
-                state.calls -= 1;
+                slots.calls -= 1;
                 self.heading = true;
                 return Some(state);
             }
             let left = shared.config.linger.saturating_sub(since.elapsed());
             if state.closed || left.is_zero() {
-                state.resting -= 1;
+                state.slots[self.group].resting -= 1;
                 return state.closed.then_some(state);
             }
-            (state, _) = shared.work.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+            (state, _) =
+                shared.engines[self.group].work.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    fn wait_to_fill<'a>(
+        &self,
+        shared: &'a Shared,
+        mut state: MutexGuard<'a, State>,
+        due: Instant,
+    ) -> MutexGuard<'a, State> {
+        let left = due.saturating_duration_since(Instant::now());
+        state.slots[self.group].filling += 1;
+        let filling = &shared.engines[self.group].filling;
+        let (mut state, _) = filling.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        state.slots[self.group].filling -= 1;
+        state
     }
 
     /// The jobs this worker took run no more.
@@ -199,7 +228,8 @@ impl Worker {
     }
 
     fn set_heading(&mut self, state: &mut State, heading: bool) {
-        state.heading = state.heading + usize::from(heading) - usize::from(self.heading);
+        let count = &mut state.slots[self.group].heading;
+        *count = *count + usize::from(heading) - usize::from(self.heading);
         self.heading = heading;
     }
 
@@ -216,9 +246,9 @@ impl Worker {
         let mut state = lock(&shared.state);
         let now = Instant::now();
         let polled = state.batcher.poll(now);
-        if let Poll::Batch(entries) = &polled {
-            self.running = entries.len();
-            state.running += entries.len();
+        if let Poll::Batch(taken) = &polled {
+            self.running = taken.len();
+            state.running += taken.len();
             shared.emit_queue(&state);
         }
         self.set_heading(&mut state, false);
@@ -228,20 +258,22 @@ impl Worker {
         drop(state);
         shared.wake(call, filled);
         match polled {
-            Poll::Batch(entries) => entries.into_iter().map(|entry| entry.item).collect(),
+            Poll::Batch(taken) => taken.into_iter().map(Job::taken).collect(),
             Poll::Wait(_) | Poll::Idle => Vec::new(),
         }
     }
 
-    /// Answers every job. A failed group of several is halved until the requests at fault stand alone, larger groups
+    /// Answers every job, or puts it back where another group may have an instance and this one has none. A failed group of several is halved until the requests at fault stand alone, larger groups
     /// first, so that most of the others are answered early. There is no other cap than that: `n` requests cost at
     /// most `2 n - 2` extra runs, and no request is failed for its neighbours.
     fn serve(&mut self, jobs: Vec<Job>) {
         let mut groups = VecDeque::from([jobs]);
         while let Some(group) = groups.pop_front() {
             if let Err(error) = self.ensure_instance() {
-                let rest = groups.drain(..).flatten();
-                group.into_iter().chain(rest).for_each(|job| job.reject(error.clone()));
+                let jobs = group.into_iter().chain(groups.drain(..).flatten()).collect();
+                for job in self.give_back(jobs) {
+                    job.reject(error.clone());
+                }
                 return;
             }
             match self.run(group) {
@@ -260,6 +292,33 @@ impl Worker {
                 }
             }
         }
+    }
+
+    /// To the queue, in their order, if there is a group that may answer in this one's stead: a worker without an
+    /// instance fails fast, and would win the queue from those that work. Gives those that are left to reject.
+    fn give_back(&mut self, jobs: Vec<Job>) -> Vec<Job> {
+        let shared = Arc::clone(&self.shared);
+        let mut state = lock(&shared.state);
+        if !state.others_have_room(self.group) {
+            return jobs;
+        }
+        self.gives_up = true;
+        let mut left = Vec::new();
+        for mut job in jobs {
+            match job.place.take() {
+                // Closed under the lock: a caller that leaves later finds its job in the queue and takes it out.
+                Some((ticket, place)) if !job.reply.is_closed() => {
+                    state.batcher.put_back(ticket, place.replace(job).0);
+                }
+                _ => left.push(job),
+            }
+        }
+        self.count_out(&mut state);
+        drop(state);
+        // The jobs are older than what the others wait to fill up. Those that rest are called when this worker ends.
+        shared.wake_filling();
+        tracing::warn!(version = &*shared.name, "a worker without an instance leaves its requests to other devices");
+        left
     }
 
     fn ensure_instance(&mut self) -> Result<(), Error> {
@@ -355,28 +414,27 @@ impl Drop for Worker {
         state.workers -= 1;
         match instance {
             Some(instance) => state.instances.push((self.group, instance)),
-            None => state.slots[self.group].taken -= 1,
+            None => state.vacate(self.group, self.gives_up),
         }
+        state.growing &= !self.growing;
         let call = shared.summon(&mut state);
         drop(state);
-        shared.wake(call, false);
+        shared.wake(call, None);
         shared.ended.notify_all();
     }
 }
 
 impl Job {
+    fn taken((ticket, entry): (Ticket, Entry<Key, Priority, Job>)) -> Job {
+        let (place, mut job) = entry.replace(());
+        job.place = Some((ticket, place));
+        job
+    }
+
     fn reject(self, error: Error) {
         // A caller that has left hears nothing.
         let _ = self.reply.send(Err(error));
     }
-}
-
-fn wait_to_fill<'a>(shared: &Shared, mut state: MutexGuard<'a, State>, due: Instant) -> MutexGuard<'a, State> {
-    let left = due.saturating_duration_since(Instant::now());
-    state.filling += 1;
-    let (mut state, _) = shared.filling.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
-    state.filling -= 1;
-    state
 }
 
 /// Leaves out jobs whose callers have left or whose time is up: nothing is run for nobody.
