@@ -99,7 +99,7 @@ mod tests {
             lock(&self.state).free
         }
 
-        fn wait_for_waiters(&self, count: usize) {
+        pub(in crate::scheduler) fn wait_for_waiters(&self, count: usize) {
             while lock(&self.state).waiting.len() < count {
                 thread::yield_now();
             }

@@ -778,7 +778,9 @@ async fn no_request_waits_for_a_core_while_the_group_in_front_rests() {
     let bench = Bench::with(&first, groups, Config { preferred_rows: 1, ..Bench::config() });
     first.hold();
     second.hold();
-    let warm = [bench.submit(&[1.0]), bench.submit(&[2.0])];
+    let mut warm = vec![bench.submit(&[1.0])];
+    first.wait_for_runs_inside(1);
+    warm.push(bench.submit(&[2.0]));
     second.wait_for_runs_inside(1);
     // The group in front rests last, so that the order in which threads came to rest would choose the other one.
     second.release();
@@ -794,7 +796,7 @@ async fn no_request_waits_for_a_core_while_the_group_in_front_rests() {
     let mut waiting = vec![bench.submit(&[3.0])];
     first.wait_for_runs_inside(1);
     waiting.push(bench.submit(&[4.0]));
-    bench.wait_until(|slots| slots.heading, 1);
+    bench.gate.wait_for_waiters(1);
     first.release();
     for submitted in waiting {
         done(submitted).await.unwrap();
