@@ -87,11 +87,15 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     };
     let drained = server::run(resolved.server, hooks)?;
     // A peer that was cut had its time; a job that was abandoned had been accepted.
-    Ok(if drained.jobs > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    let failed = drained.jobs > 0;
+    if drained.threads {
+        tracing::warn!("a thread is still inside an engine: the process ends without waiting for it");
+        exit_at_once(i32::from(failed));
+    }
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// SIGTERM or SIGINT. The next one exits at once.
-#[expect(clippy::disallowed_methods, reason = "a second signal means: without draining")]
 async fn told_to_stop() {
     let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {
@@ -109,8 +113,18 @@ async fn told_to_stop() {
             _ = interrupt.recv() => {}
         }
         tracing::warn!("stopped by a second signal, without draining");
-        std::process::exit(EXIT_INTERRUPTED);
+        exit_at_once(EXIT_INTERRUPTED);
     });
+}
+
+/// Without the destructors of the libraries' globals, which a thread inside an engine may still use. Nothing is lost:
+/// log lines are written unbuffered, and a cache that is left behind is swept by the next process.
+fn exit_at_once(code: i32) -> ! {
+    unsafe extern "C" {
+        // SAFETY: as POSIX has it; it reads no memory and does not return.
+        safe fn _exit(code: std::ffi::c_int) -> !;
+    }
+    _exit(code)
 }
 
 /// Before the server is ready: with strict readiness that may take until somebody mends a version.

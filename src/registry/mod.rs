@@ -68,6 +68,14 @@ pub use source::{SourceError, is_model_name, model_name_form};
 pub use table::{Status, Table};
 pub use version::{Facts, OutputInfo, State, Version};
 
+/// What did not end in time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    pub jobs: usize,
+    /// A thread may still be inside an engine: the process must end without its libraries' destructors.
+    pub threads: bool,
+}
+
 /// How long a stop waits for threads that have nothing to answer any more.
 const THREADS_GRACE: Duration = Duration::from_secs(1);
 
@@ -283,20 +291,23 @@ impl Registry {
     }
 
     /// Stops loading, closes every version, lets what is queued be answered until the deadline, and removes the private
-    /// copies. Returns the number of jobs left. Blocks.
-    pub fn shutdown(&self, deadline: Instant) -> usize {
+    /// copies. Blocks.
+    pub fn shutdown(&self, deadline: Instant) -> Left {
         self.stop();
         let table = self.shared.table.swap(Arc::default());
         for version in table.serving() {
             version.scheduler().close();
         }
-        let left: usize = table.serving().filter_map(|version| version.scheduler().join(deadline).err()).sum();
+        let unjoined: Vec<usize> =
+            table.serving().filter_map(|version| version.scheduler().join(deadline).err()).collect();
         drop(table);
         let retiring = self.shared.wait(Some(deadline), |progress| progress.retiring == 0).retiring;
         // A load that is on cannot be stopped, and must not hold the exit: what it makes is never published.
-        drop(self.shared.wait(Some(Instant::now() + THREADS_GRACE), |progress| progress.threads == 0));
+        let grace = Some(Instant::now() + THREADS_GRACE);
+        let own_threads = self.shared.wait(grace, |progress| progress.threads == 0).threads;
         self.cache.remove();
-        left + retiring
+        let threads = !unjoined.is_empty() || retiring > 0 || own_threads > 0;
+        Left { jobs: unjoined.into_iter().sum::<usize>() + retiring, threads }
     }
 
     fn stop(&self) {

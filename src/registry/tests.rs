@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::loader::CompareGoldens;
 use super::probe::Probe;
-use super::{AtStart, Config, Control, Done, Engines, Registry, Status, Version, report};
+use super::{AtStart, Config, Control, Done, Engines, Left, Registry, Status, Version, report};
 use crate::backend::fake::{self, Fake};
 use crate::backend::{Artifact, Backend, Device, Instance, LoadError, LoadOptions, Model, RunError};
 use crate::error::Kind;
@@ -178,7 +178,21 @@ fn echo() -> Fake {
 }
 
 fn stop(registry: &Registry) {
-    assert_eq!(registry.shutdown(Instant::now() + Duration::from_secs(60)), 0);
+    assert_eq!(registry.shutdown(Instant::now() + Duration::from_secs(60)), Left::default());
+}
+
+#[test]
+fn a_stop_tells_that_a_load_is_still_inside_an_engine() {
+    let gate = fake::Gate::new();
+    let setup = Setup::new(echo().gated(&gate));
+    setup.copy(SENTINEL, "m/1/model.onnx");
+    let monitor = Arc::clone(&setup.monitor);
+    let registry = Registry::start_with(setup.config(), setup.engines(), 2, Gate::new(2), monitor).unwrap();
+    gate.wait_for(1);
+    assert_eq!(registry.shutdown(Instant::now()), Left { jobs: 0, threads: true });
+    gate.open();
+    drop(registry.shared.wait(None, |progress| progress.threads == 0));
+    stop(&registry);
 }
 
 #[test]

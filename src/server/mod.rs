@@ -30,7 +30,7 @@ use crate::monitor::Monitor;
 use crate::monitor::events::{self, Remaining};
 use crate::pool::Pool;
 use crate::protocol::{grpc, rest};
-use crate::registry::{self, Registry, RegistryError};
+use crate::registry::{self, Left, Registry, RegistryError};
 use crate::request::{BudgetConfig, Phase};
 use crate::scheduler::Gate;
 
@@ -132,6 +132,8 @@ pub struct Drained {
     /// Connections cut and jobs abandoned at the deadline; both 0 after a clean stop.
     pub connections: usize,
     pub jobs: usize,
+    /// A thread may still be inside an engine: the process must end without its libraries' destructors.
+    pub threads: bool,
 }
 
 /// Runs until told to stop and drained. Blocks the calling thread.
@@ -168,8 +170,8 @@ where
     let mut life = Life { config, registry, monitor, observation, phase, stopping, engine: None };
     let served = life.serve(listening, ready).await;
     // Private copies and threads go whether or not there was anything to serve.
-    let drained = life.close(served.as_ref().map_or_else(|_| Instant::now(), |cut| cut.deadline)).await;
-    served.map(|cut| life.stopped(cut.connections, drained))
+    let left = life.close(served.as_ref().map_or_else(|_| Instant::now(), |cut| cut.deadline)).await;
+    served.map(|cut| life.stopped(cut.connections, left))
 }
 
 /// A process whose registry has started.
@@ -292,8 +294,8 @@ impl Life {
         }
     }
 
-    /// Closes the registry; the number of jobs left at the deadline.
-    async fn close(&mut self, deadline: Instant) -> usize {
+    /// Closes the registry; what is left at the deadline.
+    async fn close(&mut self, deadline: Instant) -> Left {
         self.phase.enter(Phase::Stopping, Some(self.remaining(0, deadline)));
         let registry = Arc::clone(&self.registry);
         // Joining blocks.
@@ -303,16 +305,16 @@ impl Life {
             tokio::select! {
                 biased;
                 // If the blocking task itself dies, nothing is known to be left.
-                left = &mut closing => return left.unwrap_or(0),
+                left = &mut closing => return left.unwrap_or_default(),
                 _ = look.tick() => self.still_stopping(0, deadline),
             }
         }
     }
 
-    fn stopped(&mut self, connections: usize, jobs: usize) -> Drained {
+    fn stopped(&mut self, connections: usize, Left { jobs, threads }: Left) -> Drained {
         events::Stopped { connections_cut: connections, jobs_abandoned: jobs }.emit();
         self.phase.enter(Phase::Stopped, None);
-        Drained { connections, jobs }
+        Drained { connections, jobs, threads }
     }
 }
 
