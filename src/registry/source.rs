@@ -671,7 +671,11 @@ mod tests {
         let found: Vec<&Discovered> = scan.versions.values().collect();
         assert!(found[..2].iter().all(|found| found.model.ends_with("1/net.onnx") && found.refused.is_none()));
         let problem = |i: usize| found[i].config.as_ref().unwrap_err().as_str();
-        assert_eq!(problem(2), "");
+        assert!(
+            problem(2).starts_with("`model.toml` beside `config.pbtxt` says how the model is served"),
+            "{}",
+            problem(2)
+        );
         assert!(problem(3).contains("tensorrt_plan") && found[3].refused.is_none(), "{}", problem(3));
         assert!(found[4].refused.as_ref().unwrap().starts_with("`model.onnx` cannot be read"));
         let print = || root.scan().versions.into_values().next().unwrap().fingerprint;

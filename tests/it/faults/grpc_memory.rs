@@ -164,7 +164,14 @@ impl Streams {
         for (name, value) in GRPC {
             head = head.header(name, value);
         }
-        let mut ready = self.0.clone().ready().await.unwrap();
+        // The client's own library ends a connection on which much arrives for streams that were left.
+        let mut ready = match self.0.clone().ready().await {
+            Ok(ready) => ready,
+            Err(_) => {
+                *self = Streams::connect(self.1).await;
+                self.0.clone().ready().await.unwrap()
+            }
+        };
         let (answer, mut body) = ready.send_request(head.body(()).unwrap(), false).unwrap();
         let message = framed(0, &echo(1).encode_to_vec());
         match left {
