@@ -29,15 +29,7 @@ pub struct Served {
 pub fn serve(fake: Fake) -> Served {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/traps/sentinel/1/model.onnx").into();
     let config = Config { root, model_name: "sentinel".into(), temp_dir: std::env::temp_dir(), ..Config::default() };
-    let engines = Engines {
-        onnxruntime: Some(Arc::new(fake)),
-        tract: None,
-        candle: None,
-        onnxruntime_reason: String::new(),
-        details: String::new(),
-        broken: false,
-        gpus: || Ok(0),
-    };
+    let engines = Engines::only(Arc::new(fake));
     let monitor = Monitor::new();
     let registry = Registry::start_with(config, engines, CORES, Gate::new(CORES), Arc::clone(&monitor)).unwrap();
     registry.wait_loaded();

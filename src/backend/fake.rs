@@ -8,7 +8,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::{Artifact, Backend, Batch, Device, Instance, LoadError, LoadOptions, Model, RunError};
 use crate::tensor::{DataType, Dim, OutputKind, Shape, Signature, Tensor, TensorSpec};
@@ -39,12 +39,6 @@ pub enum Poison {
     Panic,
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Busy {
-    Spin,
-    Sleep,
-}
-
 /// A model, and a backend that gives every file this behaviour. Configure first, then clone and share.
 #[derive(Clone)]
 pub struct Fake {
@@ -53,7 +47,6 @@ pub struct Fake {
     compute: Option<Arc<Compute>>,
     gate: Option<Arc<Gate>>,
     poison: Vec<(f32, Poison)>,
-    busy: Option<(Busy, Duration)>,
     rows: fn(usize) -> usize,
     gpus: u32,
     device: Device,
@@ -78,7 +71,6 @@ impl Fake {
             compute: None,
             gate: None,
             poison: Vec::new(),
-            busy: None,
             rows: |rows| rows,
             gpus: 0,
             device: Device::Cpu,
@@ -135,18 +127,6 @@ impl Fake {
         self
     }
 
-    /// Every run takes a core for that long.
-    pub fn spinning(mut self, time: Duration) -> Fake {
-        self.busy = Some((Busy::Spin, time));
-        self
-    }
-
-    /// Every run takes that long and no core.
-    pub fn sleeping(mut self, time: Duration) -> Fake {
-        self.busy = Some((Busy::Sleep, time));
-        self
-    }
-
     /// The finished and unfinished runs, in the order in which they passed the gate.
     pub fn log(&self) -> Vec<RunRecord> {
         lock(&self.state.log).clone()
@@ -167,26 +147,8 @@ impl Fake {
         self.state.instances.load(Ordering::SeqCst)
     }
 
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the sleep stands for a device that computes, and synchronises nothing"
-    )]
-    fn burn_time(&self) {
-        match self.busy {
-            None => {}
-            Some((Busy::Sleep, time)) => std::thread::sleep(time),
-            Some((Busy::Spin, time)) => {
-                let start = Instant::now();
-                while start.elapsed() < time {
-                    std::hint::spin_loop();
-                }
-            }
-        }
-    }
-
     fn answer(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, RunError> {
         self.poison_in(inputs)?;
-        self.burn_time();
         let outputs = match &self.compute {
             Some(compute) => compute(inputs)?,
             None => self.signature.outputs.iter().enumerate().map(|(i, spec)| echoed(inputs, i, spec)).collect(),

@@ -70,15 +70,7 @@ mod tests {
     /// An engine that serves `model` on request, whose every run waits.
     fn engine(held: &Arc<Held>, load_timeout: Duration) -> (Engine, watch::Sender<Phase>) {
         let fake = Fake::echo(1).gated(held);
-        let engines = Engines {
-            onnxruntime: Some(Arc::new(fake)),
-            tract: None,
-            candle: None,
-            onnxruntime_reason: String::new(),
-            details: String::new(),
-            broken: false,
-            gpus: || Ok(0),
-        };
+        let engines = Engines::only(Arc::new(fake));
         let at_start = AtStart::Named([].into());
         let config = Config {
             root: MODEL.into(),

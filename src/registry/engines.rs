@@ -85,6 +85,19 @@ pub struct Chosen {
 }
 
 impl Engines {
+    /// One engine for ONNX, in ONNX Runtime's place, no other and no GPU: for tests and benchmarks.
+    pub fn only(backend: Arc<dyn Backend>) -> Engines {
+        Engines {
+            onnxruntime: Some(backend),
+            tract: None,
+            candle: None,
+            onnxruntime_reason: String::new(),
+            details: String::new(),
+            broken: false,
+            gpus: || Ok(0),
+        }
+    }
+
     /// Looks for ONNX Runtime's library and loads it. The error says what was asked for and is not there.
     pub fn find(config: &EnginesConfig) -> Result<Engines, String> {
         let mut engines = Engines {

@@ -79,15 +79,8 @@ impl Setup {
     }
 
     fn engines(&self) -> Engines {
-        Engines {
-            onnxruntime: Some(Arc::new(self.fake.clone())),
-            tract: None,
-            candle: None,
-            onnxruntime_reason: "a fake".into(),
-            details: String::new(),
-            broken: false,
-            gpus: || Ok(2),
-        }
+        let only = Engines::only(Arc::new(self.fake.clone()));
+        Engines { onnxruntime_reason: "a fake".into(), gpus: || Ok(2), ..only }
     }
 
     fn start(&self) -> Arc<Registry> {
