@@ -395,6 +395,18 @@ def eventually(check, seconds=10):
         time.sleep(0.02)
 
 
+# Typed gRPC contents by datatype; those that have none travel raw.
+FIELDS = {
+    "BOOL": "bool_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    "INT64": "int64_contents",
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+
 # What tract refuses to load; onnxruntime serves every trap.
 TRACT_LACKS = {"batch_norm_training", "identity_bf16", "random_noise", "reverse_lstm", "slow"}
 

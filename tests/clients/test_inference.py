@@ -14,6 +14,7 @@ import requests
 from support import (
     CALL_SECONDS,
     EXAMPLES,
+    FIELDS,
     Samples,
     assert_close,
     datatype,
@@ -392,18 +393,18 @@ def raw_request(model, name, dtype, shape, raw=None, **contents):
 
 
 TYPED = {
-    "bool": ("bool_contents", [True, False]),
-    "int8": ("int_contents", [-128, 127]),
-    "int16": ("int_contents", [-(1 << 15), (1 << 15) - 1]),
-    "int32": ("int_contents", [-(1 << 31), (1 << 31) - 1]),
-    "int64": ("int64_contents", [-(1 << 63), (1 << 63) - 1]),
-    "uint8": ("uint_contents", [0, 255]),
-    "uint16": ("uint_contents", [0, 65535]),
-    "uint32": ("uint_contents", [0, (1 << 32) - 1]),
-    "uint64": ("uint64_contents", [0, (1 << 64) - 1]),
-    "fp32": ("fp32_contents", [0.5, -2.25]),
-    "fp64": ("fp64_contents", [0.1, -2.25]),
-    "bytes": ("bytes_contents", [b"a", b""]),
+    "bool": [True, False],
+    "int8": [-128, 127],
+    "int16": [-(1 << 15), (1 << 15) - 1],
+    "int32": [-(1 << 31), (1 << 31) - 1],
+    "int64": [-(1 << 63), (1 << 63) - 1],
+    "uint8": [0, 255],
+    "uint16": [0, 65535],
+    "uint32": [0, (1 << 32) - 1],
+    "uint64": [0, (1 << 64) - 1],
+    "fp32": [0.5, -2.25],
+    "fp64": [0.1, -2.25],
+    "bytes": [b"a", b""],
 }
 
 
@@ -416,9 +417,8 @@ def stub(traps):
 @pytest.mark.parametrize("name", TYPED)
 def test_typed_grpc_contents(stub, traps, name):
     require(traps, f"identity_{name}")
-    field, values = TYPED[name]
-    dtype = name.upper()
-    request = raw_request(f"identity_{name}", "x", dtype, [1, 2], **{field: values})
+    values, dtype = TYPED[name], name.upper()
+    request = raw_request(f"identity_{name}", "x", dtype, [1, 2], **{FIELDS[dtype]: values})
     answer = stub.ModelInfer(request, timeout=CALL_SECONDS)
     assert (answer.outputs[0].datatype, list(answer.outputs[0].shape)) == (dtype, [1, 2])
     [raw] = answer.raw_output_contents

@@ -16,6 +16,7 @@ from support import (
     BINARY,
     CALL_SECONDS,
     EXAMPLES,
+    FIELDS,
     Client,
     datatype,
     environment,
@@ -30,18 +31,6 @@ from support import (
 )
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import triton_to_np_dtype
-
-# Typed gRPC contents by datatype; those that have none travel raw.
-FIELDS = {
-    "BOOL": "bool_contents",
-    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
-    "INT64": "int64_contents",
-    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
 
 
 class Ways:
