@@ -155,6 +155,7 @@ impl Streams {
         stream.set_nodelay(true).unwrap();
         // The client's own library counts what arrives for streams that it has left, and would end the connection.
         let mut client = h2::client::Builder::new();
+        client.max_local_error_reset_streams(None);
         let (requests, connection) = client.data_frame_budget(usize::MAX).handshake(stream).await.unwrap();
         tokio::spawn(connection);
         Streams(requests, address)
