@@ -44,6 +44,10 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    pub fn input_bytes(&self) -> usize {
+        self.inputs.iter().map(|input| input.data().len()).sum()
+    }
+
     /// Resolves names to positions and checks datatypes, shapes, rows and requested outputs.
     pub fn check(
         request: InferRequest,

@@ -6,19 +6,24 @@
 //!
 //! Invariants: a request leaves the queue exactly once, to a worker or because its caller stopped waiting. A job that
 //! was taken is answered even after [`Scheduler::close`]; only a worker that cannot make its instance puts its jobs back
-//! where they stood, for the workers of another group. Whenever something is queued, a worker is on its way to it
-//! or busy and will look again before it rests. An idle version has no running thread. A group that rests is called
-//! before those behind it, whatever else they wait for.
+//! where they stood, for the workers of another group. Whenever something is queued, a worker is on its way to it, or
+//! whoever has an instance will look again before it is idle. An idle version has no running thread. A group that rests
+//! is called before those behind it, whatever else they wait for.
+//!
+//! Idle instances are in one pool, whether or not a thread rests that may run on them: a call promises one to the
+//! thread, and only those that are not promised may be taken otherwise. A short run whose turn has come is not handed
+//! to a worker at all (`inline`).
 //!
 //! A group whose instance cannot be made gives its place up where another group has one. A group whose runs fail keeps
 //! its instances and its share of the requests: no run error tells a lost device from a request at fault.
 //!
 //! Locks: one mutex around the [`State`], held for queue operations only, never while an engine works or a gate is
-//! waited for. Threads: callers submit from any async task and never block; workers are std threads, started on
-//! demand, gone after [`Config::linger`] without work.
+//! waited for. Threads: callers submit from any async task and never block, save for an inline run; workers are std
+//! threads, started on demand, gone after [`Config::linger`] without work.
 
 pub mod batcher;
 mod gate;
+mod inline;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -39,6 +44,8 @@ use crate::monitor::events::{QueueChanged, QueueRejected, VersionDemoted};
 use crate::request::{Permit, Prepared, Priority, Timings};
 use crate::tensor::{Ragged, Tensor};
 use batcher::{Batcher, Entry, Readiness};
+use inline::{Inline, Quickness};
+use worker::{Positions, blame};
 
 pub use gate::Gate;
 pub use threads::{Reason, ThreadPlan, Wish};
@@ -47,6 +54,8 @@ pub const DEFAULT_PREFERRED_ROWS: usize = 32;
 pub const DEFAULT_MAX_QUEUE_REQUESTS: usize = 1024;
 pub const DEFAULT_MAX_QUEUE_BYTES: usize = 512 << 20;
 pub const DEFAULT_LINGER: Duration = Duration::from_secs(10);
+/// A thread's other connections wait for such a run.
+pub const DEFAULT_LONGEST_INLINE: Duration = Duration::from_micros(50);
 
 /// How one version is scheduled.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +72,8 @@ pub struct Config {
     pub max_queue_bytes: usize,
     /// How long an idle worker thread lingers before it exits (its instance is kept).
     pub linger: Duration,
+    /// Requests whose runs are expected to take no longer may run on the thread that submits them; zero: none may.
+    pub longest_inline: Duration,
 }
 
 impl Default for Config {
@@ -75,6 +86,7 @@ impl Default for Config {
             max_queue_requests: DEFAULT_MAX_QUEUE_REQUESTS,
             max_queue_bytes: DEFAULT_MAX_QUEUE_BYTES,
             linger: DEFAULT_LINGER,
+            longest_inline: DEFAULT_LONGEST_INLINE,
         }
     }
 }
@@ -119,6 +131,7 @@ struct Shared {
     monitor: Arc<VersionMonitor>,
     /// False once demoted.
     batching: AtomicBool,
+    quickness: Quickness,
     state: Mutex<State>,
     /// `join` waits here for workers to end.
     ended: Condvar,
@@ -140,7 +153,7 @@ type Ticket = batcher::Ticket<Priority>;
 struct State {
     batcher: Batcher<Key, Priority, Job>,
     closed: bool,
-    /// Instances of workers that have ended, with their groups, the most recent last.
+    /// Idle instances with their groups, the most recent last.
     instances: Vec<(usize, Box<dyn Instance>)>,
     /// By group.
     slots: Vec<Slots>,
@@ -149,6 +162,8 @@ struct State {
     returning: usize,
     /// One worker at a time makes another instance.
     growing: bool,
+    /// Requests that run on the threads that submitted them.
+    inline: usize,
     /// Jobs taken and not yet answered.
     running: usize,
     handles: Vec<JoinHandle<()>>,
@@ -157,13 +172,13 @@ struct State {
 /// A group's places for instances, and what its workers are at.
 #[derive(Clone, Copy, Default)]
 struct Slots {
-    /// Idle instances, and one for every worker (empty for a moment after a panic).
+    /// Instances, idle, in use, or about to be made (again).
     taken: usize,
     /// At least 1 in one group or more: the last group that has a place keeps it.
     most: usize,
     /// Resting workers that have not been called.
     resting: usize,
-    /// Calls that a resting worker has yet to notice.
+    /// Calls that a resting worker has yet to notice. Each has promised it an idle instance.
     calls: usize,
     /// Workers on their way to the queue: called, started, or waiting for the gate or for a batch to fill.
     heading: usize,
@@ -180,6 +195,11 @@ impl State {
     fn take_idle(&mut self, group: usize) -> Option<Box<dyn Instance>> {
         let place = self.instances.iter().rposition(|(of, _)| *of == group)?;
         Some(self.instances.remove(place).1)
+    }
+
+    /// Whether the group has an idle instance that is promised to nobody.
+    fn has_spare(&self, group: usize) -> bool {
+        self.instances.iter().filter(|(of, _)| *of == group).count() > self.slots[group].calls
     }
 
     /// The group with the fewest instances of those that may have more.
@@ -251,6 +271,7 @@ impl Scheduler {
             workers: 0,
             returning: 0,
             growing: false,
+            inline: 0,
             running: 0,
             handles: Vec::new(),
         };
@@ -258,6 +279,7 @@ impl Scheduler {
             shared: Arc::new(Shared {
                 name: name.into(),
                 batching: AtomicBool::new(config.batching),
+                quickness: Quickness::default(),
                 engines,
                 outputs,
                 config,
@@ -275,6 +297,10 @@ impl Scheduler {
     /// Errors: `NotReady` once closed, `Overloaded` when the queue is full, `DeadlineExceeded`; `InvalidInput` or
     /// `BackendFailed` as the engine says of this request alone.
     pub async fn submit(&self, prepared: Prepared, permit: Permit) -> Result<Answer> {
+        let (prepared, permit) = match self.shared.run_inline(prepared, permit)? {
+            Inline::Answered(answer) => return Ok(answer),
+            Inline::NotNow(prepared, permit) => (prepared, permit),
+        };
         let deadline = prepared.deadline;
         let (waiting, answer) = self.shared.enqueue(prepared, permit)?;
         let answered = match deadline {
@@ -300,10 +326,10 @@ impl Scheduler {
     pub fn join(&self, deadline: Instant) -> Result<(), usize> {
         self.close();
         let mut state = lock(&self.shared.state);
-        while state.workers > 0 {
+        while state.workers + state.inline > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(state.batcher.len() + state.running);
+                return Err(state.batcher.len() + state.running + state.inline);
             }
             (state, _) = self.shared.ended.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
         }
@@ -338,8 +364,8 @@ impl Shared {
         prepared: Prepared,
         permit: Permit,
     ) -> Result<(Waiting<'_>, oneshot::Receiver<Result<Answer>>)> {
+        let bytes = prepared.input_bytes();
         let Prepared { inputs, outputs, rows, key, length, deadline, priority } = prepared;
-        let bytes = inputs.iter().map(|input| input.data().len()).sum();
         let (reply, answer) = oneshot::channel();
         let mut state = lock(&self.state);
         // Read under the lock, so that arrivals are in order.
@@ -382,11 +408,14 @@ impl Shared {
         let wanted = state.batcher.batches();
         let mut heading = 0;
         for group in 0..state.slots.len() {
-            let slots = &mut state.slots[group];
-            heading += slots.heading;
+            heading += state.slots[group].heading;
             if wanted <= heading {
                 return None;
             }
+            if !state.has_spare(group) {
+                continue;
+            }
+            let slots = &mut state.slots[group];
             if slots.resting > 0 {
                 slots.resting -= 1;
                 slots.calls += 1;

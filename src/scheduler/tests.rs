@@ -209,7 +209,7 @@ impl Bench {
     }
 
     fn config() -> Config {
-        Config { linger: AGES, ..Config::default() }
+        Config { linger: AGES, longest_inline: Duration::ZERO, ..Config::default() }
     }
 
     fn prepared(values: &[f32]) -> Prepared {
@@ -281,8 +281,8 @@ impl Bench {
     fn join(&self) {
         self.scheduler.join(Instant::now() + AGES).unwrap();
         let state = lock(&self.scheduler.shared.state);
-        let counts = [state.workers, state.returning, state.running];
-        assert_eq!((counts, state.growing), ([0; 3], false), "a count is off");
+        let counts = [state.workers, state.returning, state.running, state.inline];
+        assert_eq!((counts, state.growing), ([0; 4], false), "a count is off");
         for (group, slots) in state.slots.iter().enumerate() {
             let counts = [slots.resting, slots.calls, slots.heading, slots.filling];
             assert_eq!(counts, [0; 4], "a count of group {group} is off");
@@ -905,4 +905,92 @@ fn nobody_gets_anothers_rows_under_load() {
 async fn submit(bench: &Bench, values: &[f32]) -> Result<Answer> {
     let permit = bench.budget.admit(0, Instant::now())?;
     bench.scheduler.submit(Bench::prepared(values), permit).await
+}
+
+/// Its first run is a worker's, which has noticed that it was short; the test's own thread runs what comes next.
+async fn quick() -> Bench {
+    let bench = Bench::new(Config { longest_inline: AGES, ..Bench::config() });
+    assert_eq!(values(bench.submit(&[1.0])).await, [2.0]);
+    bench.wait_until(|slots| slots.resting, 1);
+    bench
+}
+
+impl Bench {
+    /// As [`Self::occupy`], on a version that would run it here.
+    fn occupy_a_worker(&self) -> Submitted<'_> {
+        let state = &self.scheduler.shared.state;
+        let (group, instance) = lock(state).instances.pop().expect("an idle instance");
+        self.script.hold();
+        let first = self.submit(&[100.0]);
+        assert_eq!(self.queued(), 1);
+        // Back from whoever had it, as a run that ends would.
+        let mut locked = lock(state);
+        locked.instances.push((group, instance));
+        let call = self.scheduler.shared.summon(&mut locked);
+        drop(locked);
+        self.scheduler.shared.wake(call, None);
+        self.script.wait_for_runs_inside(1);
+        first
+    }
+
+    fn runs_of_this_thread(&self) -> bool {
+        lock(&self.script.state).threads.contains_key(&thread::current().id())
+    }
+}
+
+#[tokio::test]
+async fn a_short_run_is_its_callers_own() {
+    let bench = quick().await;
+    assert!(!bench.runs_of_this_thread(), "nothing was known of it");
+    let answer = done(bench.submit(&[3.0])).await.unwrap();
+    assert_eq!(answer.outputs[0].to_vec::<f32>().unwrap(), [6.0]);
+    assert_eq!(answer.timings.batch_rows, 1);
+    assert!(bench.runs_of_this_thread());
+    drop(answer);
+    assert_eq!((bench.in_flight(), bench.running()), (0, 0));
+    assert!(bench.monitor.render().contains("tidegate_executions_total{model=\"m\",version=\"1\"} 2"));
+    bench.join();
+}
+
+#[tokio::test]
+async fn a_run_of_its_callers_overtakes_nobody_and_takes_no_promised_instance() {
+    let bench = quick().await;
+    let first = bench.occupy_a_worker();
+    let second = bench.submit(&[5.0]);
+    assert_eq!(bench.queued(), 1, "the only instance is in use");
+    bench.script.release();
+    assert_eq!((values(first).await, values(second).await), (vec![200.0], vec![10.0]));
+    assert!(!bench.runs_of_this_thread());
+    bench.join();
+}
+
+#[tokio::test]
+async fn a_run_of_its_callers_fails_alone_and_a_panic_costs_the_instance() {
+    let bench = quick().await;
+    let invalid = done(bench.submit(&[INVALID])).await.unwrap_err();
+    assert_eq!((invalid.kind(), bench.runs_of_this_thread()), (Kind::InvalidInput, true));
+    assert_eq!(done(bench.submit(&[FAIL])).await.unwrap_err().kind(), Kind::BackendFailed);
+    assert_eq!(done(bench.submit(&[PANIC])).await.unwrap_err().kind(), Kind::BackendFailed);
+    assert_eq!(lock(&bench.scheduler.shared.state).slots[0].taken, 0);
+    assert_eq!(values(bench.submit(&[3.0])).await, [6.0], "made again by a worker");
+    assert_eq!(bench.script.made.load(Ordering::SeqCst), 2);
+    bench.join();
+}
+
+#[test]
+fn what_arrives_during_a_run_of_its_callers_is_served_when_the_instance_is_back() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let bench = runtime.block_on(quick());
+    bench.script.hold();
+    thread::scope(|scope| {
+        let inline = scope.spawn(|| runtime.block_on(async { values(bench.submit(&[7.0])).await }));
+        bench.script.wait_for_runs_inside(1);
+        let queued = bench.submit(&[8.0]);
+        assert_eq!(bench.queued(), 1);
+        assert!(bench.scheduler.join(Instant::now()).is_err(), "a run is on");
+        bench.script.release();
+        assert_eq!(inline.join().unwrap(), [14.0]);
+        assert_eq!(runtime.block_on(values(queued)), [16.0], "closed or not, what is queued is served");
+    });
+    bench.join();
 }

@@ -1,7 +1,7 @@
 //! The worker thread: waits for work, takes its turn at the compute gate, seals a batch at the last moment, runs it,
 //! splits the outputs and replies.
 //!
-//! Owns one instance while it lives. A failed batch is bisected by request; a panic costs the instance, which is made
+//! Owns one instance while it works, and gives it to the pool to rest. A failed batch is bisected by request; a panic costs the instance, which is made
 //! anew. Where that fails, other groups get the jobs and the worker ends; the last group tells the callers. Never holds the state's lock while it waits for the gate, runs, replies or records.
 
 use std::collections::VecDeque;
@@ -25,8 +25,10 @@ struct Worker {
     shared: Arc<Shared>,
     /// Whose instance it owns.
     group: usize,
-    /// `None` after a panic, until it has been made anew.
+    /// `None` while it rests, and after a panic, until it has been made anew.
     instance: Option<Box<dyn Instance>>,
+    /// Its instance is in the pool.
+    rested: bool,
     /// Makes one more instance first: `State::growing`.
     growing: bool,
     /// An instance cannot be made: its place is given up when it ends.
@@ -75,8 +77,8 @@ impl Shared {
         let name = thread_name(&self.name, state.workers);
         let shared = Arc::clone(self);
         let begin = move || {
-            let (gives_up, returning, running, executed) = (false, false, 0, Vec::new());
-            Worker { shared, group, instance, growing, gives_up, heading, returning, running, executed }.work();
+            let (rested, gives_up, returning, running, executed) = (false, false, false, 0, Vec::new());
+            Worker { shared, group, instance, rested, growing, gives_up, heading, returning, running, executed }.work();
         };
         let spawned = thread::Builder::new().name(name).spawn(begin);
         let started = spawned.is_ok();
@@ -116,6 +118,34 @@ impl Shared {
             Ok(made) => made.map_err(|error| error.to_string()),
             Err(panic) => Err(format!("panic: {}", panic_text(&*panic))),
         }
+    }
+
+    /// One run of one or more requests together. A panic costs the instance.
+    pub(super) fn run_engine(
+        &self,
+        lent: &mut Option<Box<dyn Instance>>,
+        inputs: &[&[Tensor]],
+    ) -> Result<Vec<Tensor>, RunError> {
+        let Some(mut instance) = lent.take() else {
+            return Err(RunError::Failed("the version has no instance".into()));
+        };
+        let batch = Batch::new(inputs).padded(self.config.ragged.as_deref());
+        let outputs = match catch_unwind(AssertUnwindSafe(|| instance.run(&batch))) {
+            Ok(result) => {
+                *lent = Some(instance);
+                result?
+            }
+            Err(panic) => {
+                let panic = panic_text(&*panic);
+                tracing::error!(version = &*self.name, panic, "the backend panicked; its instance is made anew");
+                return Err(RunError::Failed("the backend panicked".into()));
+            }
+        };
+        let (found, expected) = (outputs.len(), self.outputs);
+        if found != expected {
+            return Err(RunError::Failed(format!("the backend gave {found} outputs, expected {expected}")));
+        }
+        Ok(outputs)
     }
 }
 
@@ -182,9 +212,12 @@ impl Worker {
         }
     }
 
-    /// Rests until called or closed; `None` once it has lingered long enough.
+    /// Rests until called or closed, its instance in the pool meanwhile; `None` once it has lingered long enough, and
+    /// where it has no instance to be called for.
     fn rest<'a>(&mut self, shared: &'a Shared, mut state: MutexGuard<'a, State>) -> Option<MutexGuard<'a, State>> {
         let since = Instant::now();
+        state.instances.push((self.group, self.instance.take()?));
+        self.rested = true;
         state.slots[self.group].resting += 1;
         loop {
             let slots = &mut state.slots[self.group];
@@ -192,16 +225,27 @@ impl Worker {
                 // Whoever called has counted this worker as heading, and no longer as resting.
                 slots.calls -= 1;
                 self.heading = true;
+                self.take_back(&mut state);
                 return Some(state);
             }
             let left = shared.config.linger.saturating_sub(since.elapsed());
             if state.closed || left.is_zero() {
                 state.slots[self.group].resting -= 1;
-                return state.closed.then_some(state);
+                let goes_on = state.closed && state.has_spare(self.group);
+                return goes_on.then(|| {
+                    self.take_back(&mut state);
+                    state
+                });
             }
             (state, _) =
                 shared.engines[self.group].work.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// From the pool: there is one that was promised, or that is promised to nobody.
+    fn take_back(&mut self, state: &mut State) {
+        self.instance = state.take_idle(self.group);
+        self.rested = self.instance.is_none();
     }
 
     fn wait_to_fill<'a>(
@@ -342,8 +386,10 @@ impl Worker {
         let (requests, rows) = (jobs.len(), jobs.iter().map(|job| job.rows).sum());
         let positions = Positions::of(&jobs);
         let assembled = Instant::now();
-        let result = self.run_engine(&jobs);
+        let inputs: Vec<&[Tensor]> = jobs.iter().map(|job| job.inputs.as_slice()).collect();
+        let result = self.shared.run_engine(&mut self.instance, &inputs);
         let ran = Instant::now();
+        self.shared.quickness.learn(jobs[0].bytes(), ran - assembled);
         let ragged = self.shared.config.ragged.clone();
         let parts = result.map(|outputs| (split(&outputs, &jobs, ragged.as_deref()), outputs));
         let split = ran.elapsed();
@@ -369,31 +415,6 @@ impl Worker {
         outcome
     }
 
-    /// One run. A panic costs the instance.
-    fn run_engine(&mut self, jobs: &[Job]) -> Result<Vec<Tensor>, RunError> {
-        let Some(mut instance) = self.instance.take() else {
-            return Err(RunError::Failed("the version has no instance".into()));
-        };
-        let inputs: Vec<&[Tensor]> = jobs.iter().map(|job| job.inputs.as_slice()).collect();
-        let batch = Batch::new(&inputs).padded(self.shared.config.ragged.as_deref());
-        let outputs = match catch_unwind(AssertUnwindSafe(|| instance.run(&batch))) {
-            Ok(result) => {
-                self.instance = Some(instance);
-                result?
-            }
-            Err(panic) => {
-                let panic = panic_text(&*panic);
-                tracing::error!(version = &*self.shared.name, panic, "the backend panicked; its instance is made anew");
-                return Err(RunError::Failed("the backend panicked".into()));
-            }
-        };
-        let (found, expected) = (outputs.len(), self.shared.outputs);
-        if found != expected {
-            return Err(RunError::Failed(format!("the backend gave {found} outputs, expected {expected}")));
-        }
-        Ok(outputs)
-    }
-
     /// Hands this turn's outputs to the monitor, when every caller has its answer and the gate is free again.
     fn record(&mut self) {
         for outputs in self.executed.drain(..) {
@@ -414,6 +435,7 @@ impl Drop for Worker {
         state.workers -= 1;
         match instance {
             Some(instance) => state.instances.push((self.group, instance)),
+            None if self.rested => {}
             None => state.vacate(self.group, self.gives_up),
         }
         state.growing &= !self.growing;
@@ -429,6 +451,10 @@ impl Job {
         let (place, mut job) = entry.replace(());
         job.place = Some((ticket, place));
         job
+    }
+
+    fn bytes(&self) -> usize {
+        self.inputs.iter().map(|input| input.data().len()).sum()
     }
 
     fn reject(self, error: Error) {
@@ -451,14 +477,18 @@ fn still_waiting(jobs: Vec<Job>, now: Instant) -> Vec<Job> {
 
 /// Positions along the sequences of a batch, summed over its rows; 0 where the version has no sequences.
 #[derive(Clone, Copy)]
-struct Positions {
+pub(super) struct Positions {
     /// As sent.
-    data: usize,
+    pub(super) data: usize,
     /// What shorter rows are filled up with.
-    padding: usize,
+    pub(super) padding: usize,
 }
 
 impl Positions {
+    pub(super) fn alone(rows: usize, length: Option<usize>) -> Positions {
+        Positions { data: rows.saturating_mul(length.unwrap_or(0)), padding: 0 }
+    }
+
     fn of(jobs: &[Job]) -> Positions {
         let longest = jobs.iter().filter_map(|job| job.length).max().unwrap_or(0);
         let sum = |each: &dyn Fn(&Job) -> usize| jobs.iter().map(each).fold(0, usize::saturating_add);
@@ -503,7 +533,7 @@ fn reply(jobs: Vec<Job>, parts: Vec<Vec<Tensor>>, started: Instant, timings: Tim
 }
 
 /// What a request that failed alone is told.
-fn blame(error: &RunError) -> Error {
+pub(super) fn blame(error: &RunError) -> Error {
     match error {
         RunError::InvalidArgument(message) => Error::invalid(message.clone()),
         RunError::Failed(message) => Error::new(Kind::BackendFailed, message.clone()),
