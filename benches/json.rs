@@ -1,4 +1,4 @@
-//! A request through the REST router on an engine that answers at once: JSON beside the binary extension.
+//! A request through the REST service on an engine that answers at once: JSON beside the binary extension.
 
 use axum::body::{Body, Bytes};
 use axum::http::Request;
@@ -6,8 +6,7 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use http_body_util::BodyExt;
 use tidegate::backend::Model;
 use tidegate::backend::fake::Fake;
-use tidegate::protocol::rest;
-use tower::ServiceExt;
+use tidegate::protocol::{Service, rest};
 
 use crate::engine::{WIDTH, serve};
 
@@ -34,12 +33,12 @@ fn binary(input: &str, rows: usize) -> Sent {
     Sent { json_length: Some(header.len()), body: [header.as_bytes(), &data].concat().into() }
 }
 
-async fn post(router: axum::Router, sent: &Sent) {
+async fn post(service: &Service, sent: &Sent) {
     let mut request = Request::post("/v2/models/sentinel/infer").header("content-length", sent.body.len());
     if let Some(length) = sent.json_length {
         request = request.header("inference-header-content-length", length);
     }
-    let response = router.oneshot(request.body(Body::from(sent.body.clone())).unwrap()).await.unwrap();
+    let response = service.call(request.body(Body::from(sent.body.clone())).unwrap()).await;
     assert_eq!(response.status(), 200);
     response.into_body().collect().await.unwrap();
 }
@@ -51,12 +50,12 @@ pub fn group() {
     let fake = Fake::echo(WIDTH);
     let input = fake.signature().inputs[0].name.to_string();
     let served = serve(fake);
-    let router = rest::router(served.engine, rest::Config::default());
+    let service = rest::service(served.engine, rest::Config::default());
     for rows in [1, 128, 16_384] {
         group.throughput(Throughput::Elements((rows * WIDTH) as u64));
         for (name, sent) in [("json", json(&input, rows)), ("binary", binary(&input, rows))] {
             group.bench_function(BenchmarkId::new(name, format!("{rows}x{WIDTH}")), |b| {
-                b.iter(|| runtime.block_on(post(router.clone(), &sent)));
+                b.iter(|| runtime.block_on(post(&service, &sent)));
             });
         }
     }

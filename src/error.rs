@@ -124,6 +124,16 @@ impl std::error::Error for Error {}
 /// Longest stretch of a client's own text that an error message or a log line repeats, in bytes.
 pub const QUOTE_LIMIT: usize = 64;
 
+/// [`quoted`] only when it is shown: most messages are never written.
+#[derive(Clone, Copy, Debug)]
+pub struct Quoted<'a>(pub &'a str);
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&quoted(self.0))
+    }
+}
+
 /// A client's text made fit for a message: control characters escaped, cut at [`QUOTE_LIMIT`].
 pub fn quoted(text: &str) -> String {
     let mut out = String::new();

@@ -3,15 +3,17 @@
 //!
 //! Pure. A count or a name over its limit is InvalidInput; what would take memory or time is TooLarge.
 
+use std::fmt::Display;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{EXTENSIONS, REPOSITORY_EXTENSIONS};
 use crate::engine::{Engine, IndexEntry, Trace};
-use crate::error::{Error, Kind, Result, quoted};
-use crate::request::{InferResponse, MAX_NAME_BYTES};
+use crate::error::{Error, Kind, Quoted, Result, quoted};
+use crate::request::{InferResponse, MAX_NAME_BYTES, PredictionId};
 use crate::tensor::{DataType, Shape, Tensor};
 
 pub(super) const MAX_INPUTS: usize = 64;
@@ -38,8 +40,8 @@ const NOT_OFFERED: [&str; 6] = [
 
 /// Checks one parameter of `owner`. Those that would change the answer must not be ignored, unless they are switched
 /// off: clients send the default of a feature they don't use. All others are the caller's own.
-pub(super) fn check_parameter(key: &str, off: bool, owner: &str) -> Result<()> {
-    check_length(&format!("a parameter's name in {owner}"), key)?;
+pub(super) fn check_parameter(key: &str, off: bool, owner: impl Display) -> Result<()> {
+    check_length(format_args!("a parameter's name in {owner}"), key)?;
     if NOT_OFFERED.contains(&key) && !off {
         return Err(Error::new(Kind::Unsupported, format!("parameter `{key}` of {owner} is not supported")));
     }
@@ -47,7 +49,7 @@ pub(super) fn check_parameter(key: &str, off: bool, owner: &str) -> Result<()> {
 }
 
 /// Bounds an id or a name.
-pub(super) fn check_length(what: &str, text: &str) -> Result<()> {
+pub(super) fn check_length(what: impl Display, text: &str) -> Result<()> {
     if text.len() <= MAX_NAME_BYTES {
         return Ok(());
     }
@@ -58,7 +60,7 @@ pub(super) fn too_many(max: usize, what: &str) -> String {
     format!("more than {max} {what}")
 }
 
-pub(super) fn datatype(input: &str, name: &str) -> Result<DataType> {
+pub(super) fn datatype(input: Quoted<'_>, name: &str) -> Result<DataType> {
     DataType::parse(name).ok_or_else(|| {
         let expected = DataType::ALL.map(DataType::name).join(", ");
         Error::invalid(format!("input '{input}' has datatype '{}', expected one of {expected}", quoted(name)))
@@ -83,7 +85,7 @@ impl Strings {
 }
 
 /// Refuses a tensor with a BYTES element over the limit.
-pub(super) fn check_longest(input: &str, tensor: &Tensor) -> Result<()> {
+pub(super) fn check_longest(input: Quoted<'_>, tensor: &Tensor) -> Result<()> {
     match tensor.strings().position(|element| element.len() > MAX_STRING_BYTES) {
         None => Ok(()),
         Some(index) => Err(Error::too_large(format!(
@@ -106,20 +108,22 @@ pub(super) fn message(error: &Error) -> &str {
 /// Says of an answer or a refusal which prediction it is and, once a version was chosen, what made it: headers over
 /// HTTP, metadata over gRPC.
 pub(super) fn provenance(trace: &Trace, headers: &mut HeaderMap) {
-    let mut say = |name, value: &str| {
-        // All are ASCII; one that were not would be left out rather than fail the answer.
-        if let Ok(value) = HeaderValue::try_from(value) {
-            headers.insert(name, value);
-        }
-    };
-    say("x-prediction-id", &trace.prediction().to_string());
+    const PREDICTION: HeaderName = HeaderName::from_static("x-prediction-id");
+    const VERSION: HeaderName = HeaderName::from_static("x-model-version");
+    const DIGEST: HeaderName = HeaderName::from_static("x-model-digest");
+    // Texts are ASCII; one that were not would be left out rather than fail the answer.
+    let text = |value: &str| HeaderValue::from_str(value).ok();
+    let mut say = |name, value: Option<HeaderValue>| value.and_then(|value| headers.insert(name, value));
+    say(PREDICTION, text(trace.prediction().encode(&mut [0; PredictionId::TEXT_BYTES])));
     if let Some((version, digest)) = trace.chosen() {
-        say("x-model-version", &version.to_string());
-        say("x-model-digest", digest);
+        say(VERSION, Some(version.number().into()));
+        say(DIGEST, text(digest));
     }
 }
 
 pub(super) const SERVER_TIMING: &str = "server-timing";
+/// Enough for most.
+const SERVER_TIMING_BYTES: usize = 96;
 
 /// HTTP's `Server-Timing`, as metadata over gRPC too: milliseconds by phase, `total` from admission. ASCII.
 pub(super) fn server_timing(response: &InferResponse) -> String {
@@ -130,7 +134,31 @@ pub(super) fn server_timing(response: &InferResponse) -> String {
         ("compute", timings.compute),
         ("total", response.permit.arrived().elapsed()),
     ];
-    phases.map(|(name, duration)| format!("{name};dur={:.3}", duration.as_secs_f64() * 1e3)).join(", ")
+    let mut text = String::with_capacity(SERVER_TIMING_BYTES);
+    for (name, duration) in phases {
+        text.push_str(if text.is_empty() { "" } else { ", " });
+        text.push_str(name);
+        text.push_str(";dur=");
+        push_millis(&mut text, duration);
+    }
+    text
+}
+
+/// With three decimals. By hand: the formatter takes as long as reading a small request.
+fn push_millis(text: &mut String, duration: Duration) {
+    let mut micros = duration.as_nanos().saturating_add(500) / 1000;
+    // Digits from the right, four of them at least.
+    let mut digits = [0u8; 40];
+    let mut from = digits.len();
+    while micros > 0 || digits.len() - from < 4 {
+        from -= 1;
+        digits[from] = b'0' + (micros % 10) as u8;
+        micros /= 10;
+    }
+    let point = digits.len() - 3;
+    digits[from..point].iter().for_each(|digit| text.push(char::from(*digit)));
+    text.push('.');
+    digits[point..].iter().for_each(|digit| text.push(char::from(*digit)));
 }
 
 /// The next bytes of an answer to hand to its connection. They keep what it holds, the request's place in the server,
@@ -185,5 +213,30 @@ pub(super) fn load_config(parameter: &str, text: Option<&str>) -> Result<String>
             Err(Error::invalid(format!("parameter `{}` is not supported, expected {expected}", quoted(file))))
         }
         (other, _) => Err(Error::invalid(format!("unknown parameter `{}`, expected `config`", quoted(other)))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_milliseconds_to_the_microsecond() {
+        for (nanos, expected) in [
+            (0, "0.000"),
+            (499, "0.000"),
+            (500, "0.001"),
+            (12_345, "0.012"),
+            (999_999, "1.000"),
+            (1_234_567, "1.235"),
+            (98_765_432_100, "98765.432"),
+        ] {
+            let mut text = String::new();
+            push_millis(&mut text, Duration::from_nanos(nanos));
+            assert_eq!(text, expected, "{nanos} ns");
+        }
+        let mut text = String::new();
+        push_millis(&mut text, Duration::MAX);
+        assert_eq!(text, "18446744073709551616000.000");
     }
 }

@@ -7,8 +7,11 @@ mod classification;
 mod common;
 pub mod grpc;
 pub mod rest;
+mod service;
 pub mod status;
 mod triton;
+
+pub use service::Service;
 
 /// What of the protocol's extensions is offered on every port, and no more: clients choose calls by this list.
 const EXTENSIONS: &[&str] =

@@ -121,11 +121,29 @@ pub struct InferRequest {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PredictionId(pub u128);
 
-impl fmt::Display for PredictionId {
+impl PredictionId {
+    pub const TEXT_BYTES: usize = 36;
+
     /// As a hyphenated UUID.
+    pub fn encode(self, text: &mut [u8; PredictionId::TEXT_BYTES]) -> &str {
+        const HYPHENS: [usize; 4] = [8, 13, 18, 23];
+        let mut rest = self.0;
+        for (place, byte) in text.iter_mut().enumerate().rev() {
+            *byte = if HYPHENS.contains(&place) {
+                b'-'
+            } else {
+                let digit = b"0123456789abcdef"[(rest & 0xf) as usize];
+                rest >>= 4;
+                digit
+            };
+        }
+        std::str::from_utf8(text).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for PredictionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let hex = format!("{:032x}", self.0);
-        write!(f, "{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+        f.write_str(self.encode(&mut [0; PredictionId::TEXT_BYTES]))
     }
 }
 

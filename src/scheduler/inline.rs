@@ -19,14 +19,12 @@ use crate::error::Result;
 use crate::monitor::events::BatchExecuted;
 use crate::request::{Permit, Prepared, Timings};
 
-/// Runs that are expected to take longer hold one thread at a time. Shorter ones cost less than waking a worker, however
-/// many there are.
-const BRIEF: Duration = Duration::from_micros(10);
 /// Inputs of so many bytes or more are a worker's.
 const MOST_BYTES: usize = 1 << (SIZES - 1);
 const SIZES: usize = 20;
-/// Of the way down to what a run took, in one step. The way up takes one step.
-const FALL: u64 = 8;
+/// Of the way down to what a run took, in one step. The way up takes one step: most that is slow was only interrupted, but
+/// a model that is slow now and then must not be taken for quick.
+const FALL: u64 = 2;
 
 pub(super) enum Inline {
     Answered(Answer),
@@ -70,7 +68,7 @@ impl Shared {
         let expired = prepared.deadline.is_some_and(|deadline| deadline <= started);
         let expected =
             self.quickness.expect(bytes).filter(|expected| *expected <= self.config.longest_inline && !expired);
-        let Some(mut turn) = expected.and_then(|expected| self.inline_turn(expected)) else {
+        let Some(mut turn) = expected.and_then(|_| self.inline_turn()) else {
             return Ok(Inline::NotNow(prepared, permit));
         };
         let result = self.run_engine(&mut turn.instance, &[&prepared.inputs]);
@@ -94,10 +92,10 @@ impl Shared {
     }
 
     /// An instance of one thread on the CPU, if it is this request's turn.
-    fn inline_turn(self: &Arc<Self>, expected: Duration) -> Option<Turn<'_>> {
+    fn inline_turn(self: &Arc<Self>) -> Option<Turn<'_>> {
         let mut state = lock(&self.state);
         let waits = !self.config.max_delay.is_zero();
-        if waits || state.closed || !state.batcher.is_empty() || (expected > BRIEF && state.inline > 0) {
+        if waits || state.closed || !state.batcher.is_empty() {
             return None;
         }
         let group = self.engines.iter().position(|engine| engine.cores == 1)?;
@@ -139,6 +137,7 @@ impl Drop for Turn<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scheduler::DEFAULT_LONGEST_INLINE;
 
     #[test]
     fn a_size_is_judged_by_its_slow_runs_until_they_are_long_past() {
@@ -150,7 +149,7 @@ mod tests {
         assert_eq!((quickness.expect(128), quickness.expect(0)), (None, None), "other sizes");
         quickness.learn(120, micros(800));
         quickness.learn(120, micros(4));
-        assert!(quickness.expect(120) > Some(micros(500)), "one quick run proves little");
+        assert!(quickness.expect(120) > Some(DEFAULT_LONGEST_INLINE), "one quick run proves little");
         (0..64).for_each(|_| quickness.learn(120, micros(4)));
         assert!(quickness.expect(120) < Some(micros(5)));
         quickness.learn(MOST_BYTES, micros(1));

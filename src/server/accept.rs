@@ -8,17 +8,16 @@ use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use axum::Router;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tower::ServiceExt;
 
 use super::prompt::{Heads, PromptStream};
 use super::untaken::Untaken;
+use crate::protocol::Service;
 
 #[derive(Clone, Debug)]
 pub struct ConnectionLimits {
@@ -49,6 +48,10 @@ const LAST_LOOK: Duration = Duration::from_millis(20);
 /// that there is room for more only when a third of them are gone: long after a slow reader has taken something.
 #[cfg(target_os = "linux")]
 const SEND_AHEAD: u32 = 64 << 10;
+/// Bytes that an HTTP/2 client may send ahead of what is read: of one request, and of all of its connection. Windows that
+/// adapt themselves answer every message with a ping.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
 /// Pause after an accept error such as exhausted file descriptors, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -76,12 +79,12 @@ impl Connections {
         &self,
         listener: TcpListener,
         wire: Wire,
-        router: Router,
+        service: Service,
         limits: &ConnectionLimits,
         draining: watch::Receiver<bool>,
     ) {
         let mut stop = draining.clone();
-        let connection = Connection { wire, router, builder: builder(wire, limits), limits: limits.clone(), draining };
+        let connection = Connection { wire, service, builder: builder(wire, limits), limits: limits.clone(), draining };
         let tasks = Arc::clone(&self.tasks);
         lock(&self.accepting).spawn(async move {
             tokio::select! {
@@ -171,7 +174,8 @@ fn builder(wire: Wire, limits: &ConnectionLimits) -> auto::Builder<TokioExecutor
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.streams)
         .max_header_list_size(MAX_HEAD_BYTES as u32)
-        .adaptive_window(true)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .keep_alive_interval(PING_AFTER)
         .keep_alive_timeout(PING_TIMEOUT);
     builder
@@ -180,7 +184,7 @@ fn builder(wire: Wire, limits: &ConnectionLimits) -> auto::Builder<TokioExecutor
 #[derive(Clone)]
 struct Connection {
     wire: Wire,
-    router: Router,
+    service: Service,
     builder: auto::Builder<TokioExecutor>,
     limits: ConnectionLimits,
     draining: watch::Receiver<bool>,
@@ -191,14 +195,11 @@ impl Connection {
         set_options(&stream);
         let (heads, untaken) = (Arc::<Heads>::default(), Arc::<Untaken>::default());
         let stream = PromptStream::new(stream, &self.limits, Arc::clone(&heads));
-        let (router, begun, given) = (self.router, Arc::clone(&heads), Arc::clone(&untaken));
+        let (service, begun, given) = (self.service, Arc::clone(&heads), Arc::clone(&untaken));
         let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
-            let (router, serving, given) = (router.clone(), begun.begin(), Arc::clone(&given));
-            async move {
-                let answered = router.oneshot(request.map(axum::body::Body::new)).await;
-                let answer = answered.unwrap_or_else(|never| match never {});
-                Ok::<_, Infallible>(answer.map(|body| given.follow(body, serving)))
-            }
+            let (answered, serving, given) =
+                (service.call(request.map(axum::body::Body::new)), begun.begin(), Arc::clone(&given));
+            async move { Ok::<_, Infallible>(answered.await.map(|body| given.follow(body, serving))) }
         });
         let serving = self.builder.serve_connection(TokioIo::new(stream), service);
         tokio::pin!(serving);
@@ -265,8 +266,8 @@ mod tests {
         client.write_all(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n").await.unwrap();
         let (_drain, draining) = watch::channel(true);
         let connections = Connections::new();
-        let router = Router::new().route("/", get(|| async { "served" }));
-        connections.accept(listener, Wire::Http, router, &LIMITS, draining);
+        let router = axum::Router::new().route("/", get(|| async { "served" }));
+        connections.accept(listener, Wire::Http, Service::routed(router), &LIMITS, draining);
         assert_eq!(connections.finish(Instant::now() + PATIENCE, |_| {}).await, 0);
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();

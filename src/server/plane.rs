@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::ServerError;
 use super::accept::{ConnectionLimits, Connections, Wire};
+use crate::protocol::Service;
 use crate::request::Phase;
 
 /// Few and patient: scrapers, probes and operators, not clients.
@@ -43,7 +44,7 @@ pub(super) fn spawn(
             let connections = Connections::new();
             // Never told to drain: when the process has stopped, the runtime goes and the connections with it.
             let (_drain, draining) = watch::channel(false);
-            connections.accept(listener, Wire::Http, router, &LIMITS, draining);
+            connections.accept(listener, Wire::Http, Service::routed(router), &LIMITS, draining);
             tokio::select! {
                 () = chores => {}
                 _ = phase.wait_for(|phase| *phase == Phase::Stopped) => {}

@@ -78,9 +78,17 @@ struct Answer<H> {
 }
 
 impl<H> Answer<H> {
+    /// The connection took something.
     fn note(&self, change: impl FnOnce(&mut Progress)) {
+        let now = Instant::now();
+        self.change(|progress| {
+            progress.moved = now;
+            change(progress);
+        });
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Progress)) {
         if let Some(progress) = self.untaken.state().answers.get_mut(&self.id) {
-            progress.moved = Instant::now();
             change(progress);
         }
     }
@@ -105,15 +113,16 @@ pub(super) struct Piece<H> {
 }
 
 impl<H> Piece<H> {
+    /// Counted by the body that gives it.
     fn new(bytes: Bytes, answer: &Arc<Answer<H>>) -> Piece<H> {
-        answer.note(|progress| progress.buffered += 1);
         Piece { bytes, answer: Arc::clone(answer) }
     }
 }
 
 impl<H> Drop for Piece<H> {
     fn drop(&mut self) {
-        self.answer.note(|progress| progress.buffered -= 1);
+        // The last byte has been noted as it was taken; a piece that is dropped with bytes goes with its connection.
+        self.answer.change(|progress| progress.buffered -= 1);
     }
 }
 
@@ -141,7 +150,10 @@ where
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Piece<H>>, B::Error>>> {
         let frame = Pin::new(&mut self.body).poll_frame(cx);
-        self.answer.note(|progress| progress.empty = frame.is_pending());
+        self.answer.note(|progress| {
+            progress.empty = frame.is_pending();
+            progress.buffered += usize::from(matches!(&frame, Poll::Ready(Some(Ok(frame))) if frame.is_data()));
+        });
         frame.map_ok(|frame| frame.map_data(|bytes| Piece::new(bytes, &self.answer)))
     }
 

@@ -56,7 +56,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("sha2", &["registry"]),
     ("flate2", &["protocol/rest"]),
     ("tokio", &["server", "engine", "scheduler", "protocol", "pool", "cli"]),
-    ("tower", &["protocol/grpc", "server", "cli/infer/grpc.rs"]),
+    ("tower", &["protocol/grpc", "protocol/service.rs", "cli/infer/grpc.rs"]),
     ("tracing_subscriber", &["cli"]),
     ("uuid", &["engine", "registry"]),
     ("http", &["protocol", "cli/infer"]),

@@ -1,6 +1,7 @@
 //! Messages to requests and answers to messages. Pure; answers share their tensors' memory.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,7 +12,7 @@ use super::proto::model_infer_request::InferRequestedOutputTensor;
 use super::proto::model_infer_response::InferOutputTensor;
 use super::proto::{InferParameter, ModelInferRequest, ModelInferResponse};
 use crate::engine::Trace;
-use crate::error::{Error, Result, quoted};
+use crate::error::{Error, Quoted, Result, quoted};
 use crate::protocol::classification::Classes;
 use crate::protocol::common::{check_length, check_parameter};
 use crate::request::{InferRequest, InferResponse, ModelRef, NamedTensor, Permit, Priority, VersionId};
@@ -120,12 +121,12 @@ pub(super) fn classes(outputs: &[InferRequestedOutputTensor]) -> Result<Classes>
 
 fn requested(output: InferRequestedOutputTensor) -> Result<String> {
     check_length("an output's name", &output.name)?;
-    check_parameters(&output.parameters, &format!("output '{}'", quoted(&output.name)))?;
+    check_parameters(&output.parameters, format_args!("output '{}'", Quoted(&output.name)))?;
     Ok(output.name)
 }
 
-pub(super) fn check_parameters(parameters: &Parameters, owner: &str) -> Result<()> {
-    parameters.iter().try_for_each(|(key, parameter)| check_parameter(key, !is_set(parameter), owner))
+pub(super) fn check_parameters(parameters: &Parameters, owner: impl Display) -> Result<()> {
+    parameters.iter().try_for_each(|(key, parameter)| check_parameter(key, !is_set(parameter), &owner))
 }
 
 fn is_set(parameter: &InferParameter) -> bool {

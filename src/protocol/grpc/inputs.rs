@@ -9,7 +9,7 @@ use bytes::Bytes;
 use super::convert::check_parameters;
 use super::proto::InferTensorContents;
 use super::proto::model_infer_request::InferInputTensor;
-use crate::error::{Error, Result, quoted};
+use crate::error::{Error, Quoted, Result, quoted};
 use crate::protocol::common::{Strings, check_length, check_longest, datatype};
 use crate::request::NamedTensor;
 use crate::tensor::{DataType, Element, Shape, Tensor};
@@ -25,7 +25,7 @@ pub(super) fn tensors(inputs: Vec<InferInputTensor>, raw: Vec<Bytes>, model: &st
         .map(|input| {
             let place = Place { input: &input.name, model };
             check_length("an input's name", &input.name)?;
-            check_parameters(&input.parameters, &place.to_string())?;
+            check_parameters(&input.parameters, place)?;
             let (dtype, shape) = declared(&input, place)?;
             strings.count(dtype, &shape)?;
             let tensor = match (input.contents, raw.next()) {
@@ -39,7 +39,7 @@ pub(super) fn tensors(inputs: Vec<InferInputTensor>, raw: Vec<Bytes>, model: &st
                     Err(Error::invalid(format!("unable to find data for input tensor {} in request.", place.short())))
                 }
             }?;
-            check_longest(&quoted(&input.name), &tensor)?;
+            check_longest(Quoted(&input.name), &tensor)?;
             Ok(NamedTensor { name: Arc::from(input.name), tensor })
         })
         .collect::<Result<Vec<_>>>()?;
@@ -53,7 +53,7 @@ pub(super) fn tensors(inputs: Vec<InferInputTensor>, raw: Vec<Bytes>, model: &st
 }
 
 fn declared(input: &InferInputTensor, place: Place<'_>) -> Result<(DataType, Shape)> {
-    let dtype = datatype(&quoted(&input.name), &input.datatype)?;
+    let dtype = datatype(Quoted(&input.name), &input.datatype)?;
     let shape = Shape::from_wire(&input.shape).map_err(|error| place.error(&error.to_string()))?;
     Ok((dtype, shape))
 }

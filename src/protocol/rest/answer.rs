@@ -25,10 +25,13 @@ use super::{App, JSON};
 use crate::error::{Error, Result};
 use crate::protocol::classification::Classes;
 use crate::protocol::common;
-use crate::request::{InferResponse, NamedTensor, Permit};
+use crate::request::{InferResponse, NamedTensor, Permit, PredictionId};
 use crate::tensor::{DataType, Tensor};
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
+
+/// Of an answer, those that are added on its way out included.
+const MOST_HEADERS: usize = 12;
 
 /// How the client wants its outputs.
 #[derive(Debug)]
@@ -68,7 +71,7 @@ pub(super) async fn write(app: &App, response: InferResponse, wanted: Wanted, ac
     // What has been computed is not refused any more.
     let (written, permit) = if app.is_long(work) { app.engine.cpu().finish(rendering).await?? } else { rendering()? };
 
-    let mut headers = HeaderMap::new();
+    let mut headers = HeaderMap::with_capacity(MOST_HEADERS);
     if let Ok(timing) = HeaderValue::try_from(timing) {
         headers.insert(common::SERVER_TIMING, timing);
     }
@@ -112,14 +115,14 @@ struct Answer<'a> {
     #[serde(skip_serializing_if = "str::is_empty")]
     id: &'a str,
     model_name: &'a str,
-    model_version: String,
-    parameters: Parameters,
+    model_version: &'a str,
+    parameters: Parameters<'a>,
     outputs: Vec<Output<'a>>,
 }
 
 #[derive(Serialize)]
-struct Parameters {
-    prediction_id: String,
+struct Parameters<'a> {
+    prediction_id: &'a str,
 }
 
 #[derive(Serialize)]
@@ -156,11 +159,12 @@ fn render(response: &InferResponse, wanted: &Wanted) -> Result<Written> {
             data: (!binary).then_some(Flat(tensor)),
         });
     }
+    let (version, mut prediction) = (response.version.to_string(), [0; PredictionId::TEXT_BYTES]);
     let answer = Answer {
         id: &response.id,
         model_name: &response.model,
-        model_version: response.version.to_string(),
-        parameters: Parameters { prediction_id: response.prediction.to_string() },
+        model_version: &version,
+        parameters: Parameters { prediction_id: response.prediction.encode(&mut prediction) },
         outputs,
     };
     /// Names, shapes and ids; more than enough for most answers.

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName};
 
 use super::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Quoted, Result};
 use crate::protocol::common::check_longest;
 use crate::request::NamedTensor;
 use crate::tensor::{DataType, Dim, Shape, Signature, Tensor, strings};
@@ -67,7 +67,7 @@ impl Tail {
     }
 
     /// The next `size` bytes, for the input of that name.
-    pub(super) fn take(&mut self, input: &str, size: u64) -> Result<Bytes> {
+    pub(super) fn take(&mut self, input: Quoted<'_>, size: u64) -> Result<Bytes> {
         match usize::try_from(size) {
             Ok(size) if size <= self.rest.len() => Ok(self.rest.split_to(size)),
             _ => Err(Error::invalid(format!(
@@ -87,7 +87,7 @@ impl Tail {
 }
 
 /// A tensor over the bytes sent for it.
-pub(super) fn tensor(input: &str, dtype: DataType, shape: Shape, data: Bytes) -> Result<Tensor> {
+pub(super) fn tensor(input: Quoted<'_>, dtype: DataType, shape: Shape, data: Bytes) -> Result<Tensor> {
     let tensor =
         Tensor::new(dtype, shape, data).map_err(|error| Error::invalid(format!("input '{input}': {error}")))?;
     check_longest(input, &tensor)?;
@@ -132,7 +132,7 @@ pub(super) fn raw(body: Bytes, model: &str, signature: &Signature) -> Result<Nam
         free.ok_or_else(|| unclear(&format!("takes multiples of {fixed} elements, and {elements} were sent")))?;
     let shape = dims.iter().map(|dim| if let Dim::Fixed(n) = dim { *n } else { free }).collect::<Vec<_>>();
     let shape = Shape::new(shape).map_err(|error| Error::invalid(error.to_string()))?;
-    Ok(NamedTensor { name: spec.name.clone(), tensor: tensor(&spec.name, spec.dtype, shape, data)? })
+    Ok(NamedTensor { name: spec.name.clone(), tensor: tensor(Quoted(&spec.name), spec.dtype, shape, data)? })
 }
 
 #[cfg(test)]
@@ -170,9 +170,9 @@ mod tests {
         assert!(split(body.clone(), 99_999_999_999, &config).is_err());
         let (json, mut tail) = split(body, 2, &config).unwrap();
         assert_eq!(json, "{}");
-        assert_eq!(tail.take("x", 4).unwrap(), "abcd");
+        assert_eq!(tail.take(Quoted("x"), 4).unwrap(), "abcd");
         for size in [3, 1 << 63, u64::MAX] {
-            assert!(tail.take("x", size).is_err());
+            assert!(tail.take(Quoted("x"), size).is_err());
         }
         assert_eq!(tail.finish("m").unwrap_err().message(), "unexpected additional input data for model 'm'");
         let long = Bytes::from(vec![b' '; config.max_json_header_bytes + 2]);
@@ -185,8 +185,8 @@ mod tests {
     fn tensors_share_the_body() {
         let body = Bytes::from(vec![0u8; 19]);
         let (_, mut tail) = split(body.clone(), 3, &Config::default()).unwrap();
-        let data = tail.take("x", 16).unwrap();
-        let x = tensor("x", DataType::Fp32, Shape::new([4]).unwrap(), data).unwrap();
+        let data = tail.take(Quoted("x"), 16).unwrap();
+        let x = tensor(Quoted("x"), DataType::Fp32, Shape::new([4]).unwrap(), data).unwrap();
         assert_eq!(x.data().as_ptr(), body[3..].as_ptr());
     }
 
@@ -197,8 +197,9 @@ mod tests {
             strings::push(&mut data, &vec![b'x'; length]).unwrap();
             Bytes::from(data)
         };
-        tensor("x", DataType::Bytes, Shape::new([1]).unwrap(), data(MAX_STRING_BYTES)).unwrap();
-        let error = tensor("x", DataType::Bytes, Shape::new([1]).unwrap(), data(MAX_STRING_BYTES + 1)).unwrap_err();
+        tensor(Quoted("x"), DataType::Bytes, Shape::new([1]).unwrap(), data(MAX_STRING_BYTES)).unwrap();
+        let error =
+            tensor(Quoted("x"), DataType::Bytes, Shape::new([1]).unwrap(), data(MAX_STRING_BYTES + 1)).unwrap_err();
         assert_eq!(error.kind(), Kind::TooLarge);
     }
 

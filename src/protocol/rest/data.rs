@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use serde::ser::{Error as _, Serialize, Serializer};
 
 use super::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Quoted, Result};
 use crate::protocol::common::check_longest;
 use crate::request::Permit;
 use crate::tensor::json::{Data, DataError, NotFinite};
@@ -15,7 +15,7 @@ use crate::tensor::{DataType, Element, Shape, Tensor};
 
 /// Reads the `data` of the input `name`. Reserves the buffer's bytes before it allocates them.
 pub(super) fn parse(
-    name: &str,
+    name: Quoted<'_>,
     dtype: DataType,
     shape: Shape,
     text: &str,
@@ -34,7 +34,7 @@ pub(super) fn parse(
     Ok(tensor)
 }
 
-fn refused(name: &str, error: DataError) -> Error {
+fn refused(name: Quoted<'_>, error: DataError) -> Error {
     match error {
         DataError::Structure { shape } => Error::invalid(format!(
             "Shape does not match true shape of 'data' field of input '{name}', expected {shape}"
@@ -98,7 +98,7 @@ mod tests {
     fn read_within(dtype: DataType, dims: &[usize], text: &str, config: &Config, budget: usize) -> Result<Tensor> {
         let budget = Budget::new(BudgetConfig { max_requests: 1, max_bytes: budget });
         let mut permit = budget.admit(0, Instant::now()).unwrap();
-        let tensor = parse("x", dtype, Shape::new(dims).unwrap(), text, config, &mut permit);
+        let tensor = parse(Quoted("x"), dtype, Shape::new(dims).unwrap(), text, config, &mut permit);
         if let Ok(tensor) = &tensor {
             assert!(permit.bytes() >= tensor.data().len());
         }

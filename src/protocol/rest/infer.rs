@@ -29,9 +29,14 @@ const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout");
 /// What a canary splits by.
 const ROUTING_KEY: HeaderName = HeaderName::from_static("x-routing-key");
 
-pub(super) async fn infer(State(app): State<App>, target: Result<Target, Refusal>, request: Request) -> Response {
+/// As the router calls it.
+pub(super) async fn routed(State(app): State<App>, target: Result<Target, Refusal>, request: Request) -> Response {
+    infer(&app, target, request).await
+}
+
+pub(super) async fn infer(app: &App, target: Result<Target, Refusal>, request: Request) -> Response {
     let trace = app.engine.begin(ORIGIN);
-    let outcome = serve(&app, target, request, &trace).await;
+    let outcome = serve(app, target, request, &trace).await;
     // After the answer has been written: what could not be is no success.
     trace.finish(outcome.as_ref().err());
     let mut response = outcome.map_err(Refusal).into_response();

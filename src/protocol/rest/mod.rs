@@ -29,8 +29,8 @@ use http::{HeaderValue, StatusCode};
 use serde::Serialize;
 
 pub(crate) use self::data::Flat;
-use super::common;
 use super::status::Status;
+use super::{Service, common, service};
 use crate::engine::Engine;
 use crate::error::{Error, Kind};
 use crate::request::{Origin, Protocol};
@@ -74,9 +74,18 @@ impl Default for Config {
     }
 }
 
-/// The REST data port's routes, to be served by any HTTP/1.1 or HTTP/2 listener.
-pub fn router(engine: Arc<Engine>, config: Config) -> axum::Router {
-    routes::routes(App { engine, config: Arc::new(config) })
+/// The REST data port, to be served by any HTTP/1.1 or HTTP/2 listener. Inference goes straight to its handler: the
+/// router takes a tenth of what a small request costs.
+pub fn service(engine: Arc<Engine>, config: Config) -> Service {
+    let app = App { engine, config: Arc::new(config) };
+    let router = routes::routes(app.clone());
+    Service::new(move |request| match routes::inference(request.method(), request.uri().path()) {
+        Some(target) => {
+            let app = app.clone();
+            Box::pin(async move { infer::infer(&app, target, request).await })
+        }
+        None => service::routed(&router, request),
+    })
 }
 
 /// The admin port's routes: for now those of the repository.

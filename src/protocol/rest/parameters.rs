@@ -12,7 +12,7 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::json::malformed;
-use crate::error::{Error, Result, quoted};
+use crate::error::{Error, Quoted, Result, quoted};
 use crate::protocol::common::{MAX_PARAMETERS, check_parameter, load_config, too_many};
 use crate::request::Priority;
 
@@ -30,18 +30,20 @@ pub(super) struct OfRequest {
 
 pub(super) fn of_request(raw: Option<&RawValue>) -> Result<OfRequest> {
     let mut found = OfRequest::default();
-    each(raw, "the request", |key, value| {
+    each(raw, Owner::Request, |key, value| {
         match key {
             "timeout" => {
-                let micros = value.uint().ok_or_else(|| expected(key, "the request", "microseconds, 0 or more"))?;
+                let micros = value.uint().ok_or_else(|| expected(key, Owner::Request, "microseconds, 0 or more"))?;
                 found.timeout = (micros > 0).then(|| Duration::from_micros(micros));
             }
             "priority" => {
-                let priority = value.uint().ok_or_else(|| expected(key, "the request", "a number from 0 to 2^64-1"))?;
+                let priority =
+                    value.uint().ok_or_else(|| expected(key, Owner::Request, "a number from 0 to 2^64-1"))?;
                 found.priority = Priority::from_wire(priority);
             }
             "binary_data_output" => {
-                found.binary_data_output = value.flag().ok_or_else(|| expected(key, "the request", "true or false"))?;
+                found.binary_data_output =
+                    value.flag().ok_or_else(|| expected(key, Owner::Request, "true or false"))?;
             }
             _ => {}
         }
@@ -53,10 +55,10 @@ pub(super) fn of_request(raw: Option<&RawValue>) -> Result<OfRequest> {
 /// The input's `binary_data_size`.
 pub(super) fn of_input(raw: Option<&RawValue>, input: &str) -> Result<Option<u64>> {
     let mut size = None;
-    let owner = format!("input '{}'", quoted(input));
-    each(raw, &owner, |key, value| {
+    let owner = Owner::Input(Quoted(input));
+    each(raw, owner, |key, value| {
         if key == "binary_data_size" {
-            size = Some(value.uint().ok_or_else(|| expected(key, &owner, "a number of bytes"))?);
+            size = Some(value.uint().ok_or_else(|| expected(key, owner, "a number of bytes"))?);
         }
         Ok(())
     })?;
@@ -74,14 +76,14 @@ pub(super) struct OfOutput {
 
 pub(super) fn of_output(raw: Option<&RawValue>, output: &str) -> Result<OfOutput> {
     let mut found = OfOutput::default();
-    let owner = format!("output '{}'", quoted(output));
-    each(raw, &owner, |key, value| {
+    let owner = Owner::Output(Quoted(output));
+    each(raw, owner, |key, value| {
         match key {
             "binary_data" => {
-                found.binary = Some(value.flag().ok_or_else(|| expected(key, &owner, "true or false"))?);
+                found.binary = Some(value.flag().ok_or_else(|| expected(key, owner, "true or false"))?);
             }
             "classification" => {
-                found.classes = value.uint().ok_or_else(|| expected(key, &owner, "a number of classes, 0 or more"))?;
+                found.classes = value.uint().ok_or_else(|| expected(key, owner, "a number of classes, 0 or more"))?;
             }
             _ => {}
         }
@@ -93,18 +95,36 @@ pub(super) fn of_output(raw: Option<&RawValue>, output: &str) -> Result<OfOutput
 /// The settings in a request to load a model.
 pub(super) fn of_load(raw: Option<&RawValue>) -> Result<Option<String>> {
     let mut config = None;
-    each(raw, "the request", |key, value| {
+    each(raw, Owner::Request, |key, value| {
         config = Some(load_config(key, if let Value::Text(text) = value { Some(text) } else { None })?);
         Ok(())
     })?;
     Ok(config)
 }
 
-fn expected(key: &str, owner: &str, expected: &str) -> Error {
+/// Whose parameters they are, for messages.
+#[derive(Clone, Copy)]
+enum Owner<'a> {
+    Request,
+    Input(Quoted<'a>),
+    Output(Quoted<'a>),
+}
+
+impl fmt::Display for Owner<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Owner::Request => f.write_str("the request"),
+            Owner::Input(name) => write!(f, "input '{name}'"),
+            Owner::Output(name) => write!(f, "output '{name}'"),
+        }
+    }
+}
+
+fn expected(key: &str, owner: Owner<'_>, expected: &str) -> Error {
     Error::invalid(format!("parameter `{key}` of {owner} is not as expected: {expected}"))
 }
 
-fn each(raw: Option<&RawValue>, owner: &str, mut visit: impl FnMut(&str, &Value) -> Result<()>) -> Result<()> {
+fn each(raw: Option<&RawValue>, owner: Owner<'_>, mut visit: impl FnMut(&str, &Value) -> Result<()>) -> Result<()> {
     let Some(raw) = raw else { return Ok(()) };
     if raw.get().len() > MAX_TEXT_BYTES {
         return Err(Error::invalid(format!("the parameters of {owner} are longer than {MAX_TEXT_BYTES} bytes")));

@@ -8,9 +8,9 @@ use axum::extract::{FromRequestParts, RawPathParams, Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use axum::routing::{MethodRouter, get, post};
-use http::StatusCode;
 use http::header::{HOST, ORIGIN};
 use http::request::Parts;
+use http::{Method, StatusCode};
 use serde::{Serialize, Serializer};
 
 use super::{App, Refusal, common, infer, json, repository, triton};
@@ -33,7 +33,7 @@ pub(super) fn routes(app: App) -> Router {
             let router = at(router, &format!("{model}/ready"), get(model_ready));
             let router = at(router, &format!("{model}/config"), get(triton::config));
             let router = at(router, &format!("{model}/stats"), get(triton::statistics));
-            at(router, &format!("{model}/infer"), post(infer::infer))
+            at(router, &format!("{model}/infer"), post(infer::routed))
         })
         .fallback(unknown)
         .method_not_allowed_fallback(not_allowed)
@@ -88,6 +88,26 @@ async fn unknown() -> Refusal {
 
 async fn not_allowed() -> Refusal {
     Refusal(Error::new(Kind::MethodNotAllowed, "Method Not Allowed"))
+}
+
+/// The model that a request to infer names. `None` where the router must look at it: other calls, and paths that are not
+/// as clients write them.
+pub(super) fn inference(method: &Method, path: &str) -> Option<Result<Target, Refusal>> {
+    let rest = path.strip_prefix("/v2/models/")?;
+    let named = rest.strip_suffix("/infer").filter(|named| method == Method::POST && !named.contains('%'))?;
+    let target = match named.split_once('/') {
+        None if !named.is_empty() => model_ref(named, None),
+        Some((model, rest)) if !model.is_empty() => {
+            let version = rest.strip_prefix("versions/").filter(|it| !it.is_empty() && !it.contains('/'))?;
+            model_ref(model, Some(version))
+        }
+        _ => return None,
+    };
+    Some(target.map(Target).map_err(Refusal))
+}
+
+fn model_ref(model: &str, of: Option<&str>) -> Result<ModelRef> {
+    Ok(ModelRef { name: model_name(model)?, version: of.map(version).transpose()? })
 }
 
 /// The model that a path names, percent-decoded.
@@ -223,6 +243,35 @@ fn as_object<S: Serializer>(properties: &&[(&'static str, String)], serializer: 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_plain_paths_of_inference_are_known_without_the_router() {
+        let target = |method: Method, path: &str| {
+            let found = inference(&method, path)?;
+            Some(found.map(|Target(model)| (model.name, model.version.map(VersionId::number))).map_err(|_| ()))
+        };
+        let post = |path: &str| target(Method::POST, path);
+        assert_eq!(post("/v2/models/m/infer"), Some(Ok(("m".into(), None))));
+        assert_eq!(post("/v2/models/m/versions/12/infer"), Some(Ok(("m".into(), Some(12)))));
+        assert_eq!(post("/v2/models/m/versions/0/infer"), Some(Err(())));
+        assert_eq!(post(&format!("/v2/models/{}/infer", "m".repeat(MAX_NAME_BYTES + 1))), Some(Err(())));
+        assert_eq!(target(Method::GET, "/v2/models/m/infer"), None);
+        for path in [
+            "/v2/models/m/infer/",
+            "/v2/models//infer",
+            "/v2/models/infer",
+            "/v2/models/a%2Fb/infer",
+            "/v2/models/m/versions//infer",
+            "/v2/models/m/versions/1/2/infer",
+            "/v2/models/m/1/infer",
+            "/v2/models/m/versions/infer",
+            "/v2/models//versions/1/infer",
+            "/v2/models/m/ready",
+            "/v3/models/m/infer",
+        ] {
+            assert_eq!(post(path), None, "{path}");
+        }
+    }
 
     #[test]
     fn an_own_host_is_an_address_or_localhost() {
