@@ -6,7 +6,7 @@ use criterion::{BenchmarkId, Criterion};
 use tidegate::scheduler::batcher::{Batcher, Entry, Poll};
 
 fn entry(now: Instant) -> Entry<Box<[usize]>, u8, u64> {
-    Entry { key: Box::default(), priority: 0, rows: 1, bytes: 120, arrived: now, item: 0 }
+    Entry { key: Box::default(), priority: 0, rows: 1, full: usize::MAX, bytes: 120, arrived: now, item: 0 }
 }
 
 fn fill(batcher: &mut Batcher<Box<[usize]>, u8, u64>, count: usize, now: Instant) {
@@ -25,7 +25,7 @@ pub fn group() {
         group.bench_function(BenchmarkId::new("32 pushes and the poll that takes them", depth), |b| {
             b.iter(|| {
                 fill(&mut batcher, 32, now);
-                assert!(matches!(batcher.poll(now), Poll::Batch(batch) if batch.len() == 32));
+                assert!(matches!(batcher.poll(now, usize::MAX, |_, _| true), Poll::Batch(batch) if batch.len() == 32));
             });
         });
         let mut batcher = Batcher::new(32, Duration::ZERO);

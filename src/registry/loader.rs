@@ -310,7 +310,7 @@ impl Loader {
         };
         let group = |(placed, probe): (Placed, Probe)| {
             let (instances, cores) = (placed.plan.instances, placed.cores());
-            Ok::<_, Failure>(Group { model: placed.model, instance: probe.into_instance()?, instances, cores })
+            Ok::<_, Failure>(Group { model: placed.model, instance: probe.into_instance()?, instances, cores, costs: Vec::new(), wide: None })
         };
         let groups = devices.into_iter().zip(probes).map(group).collect::<Result<_, _>>()?;
         Ok(Made { facts, goldens, groups })

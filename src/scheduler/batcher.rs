@@ -2,10 +2,13 @@
 //! knowledge of models; the standard library only.
 //!
 //! Invariants: every entry leaves exactly once, in a batch or by [`Batcher::remove`], unless it is put back: then it
-//! stands where it stood. A batch holds entries of one key
-//! and at most the preferred rows, save a single entry that is larger. It starts with the head of the queue (smallest
+//! stands where it stood. A batch holds entries of one key and at most the preferred rows, or as many as its caller
+//! wants, save a single entry that is larger. It starts with the head of the queue (smallest
 //! priority, then arrival) and continues in that order within its key, up to the first entry that does not fit: small
 //! entries never overtake a large one. Nothing is held back once it has waited `max_delay`.
+//!
+//! How many rows of a key are a full batch is told with every entry, and the latest word counts: it decides what need not
+//! wait for more, and how many batches the queue will make.
 //!
 //! Callers hand in instants that never go back. Push, remove and taking an entry cost O(log n).
 
@@ -29,6 +32,8 @@ pub struct Entry<K, P, T> {
     pub priority: P,
     /// What it takes of a batch's budget; 0 counts as 1.
     pub rows: usize,
+    /// Rows of a full batch of its key; more than the preferred ones are these.
+    pub full: usize,
     /// What it takes of memory while it waits.
     pub bytes: usize,
     pub arrived: Instant,
@@ -38,8 +43,8 @@ pub struct Entry<K, P, T> {
 impl<K, P, T> Entry<K, P, T> {
     /// The same entry with another item, and the one it had.
     pub fn replace<U>(self, item: U) -> (Entry<K, P, U>, T) {
-        let Entry { key, priority, rows, bytes, arrived, item: replaced } = self;
-        (Entry { key, priority, rows, bytes, arrived, item }, replaced)
+        let Entry { key, priority, rows, full, bytes, arrived, item: replaced } = self;
+        (Entry { key, priority, rows, full, bytes, arrived, item }, replaced)
     }
 }
 
@@ -78,7 +83,7 @@ pub struct Batcher<K, P, T> {
     lanes: HashMap<K, Lane<P>>,
     next_sequence: u64,
     bytes: usize,
-    /// Sum over lanes of their rows in preferred batches, rounded up.
+    /// Sum over lanes of their rows in full batches, rounded up.
     batches: usize,
     /// Lanes that hold a full batch.
     full_lanes: usize,
@@ -88,6 +93,16 @@ pub struct Batcher<K, P, T> {
 struct Lane<P> {
     order: BTreeMap<Ticket<P>, usize>,
     rows: usize,
+    /// Rows of a full batch, as the last entry had it.
+    full: usize,
+}
+
+impl<P> Lane<P> {
+    /// Batches that its rows make, and whether one of them is full.
+    fn counts(&self, preferred_rows: usize) -> (usize, usize) {
+        let full = self.full.min(preferred_rows);
+        (self.rows.div_ceil(full), usize::from(self.rows >= full))
+    }
 }
 
 impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
@@ -134,17 +149,18 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
     /// Puts an entry that was taken back where it stood.
     pub fn put_back(&mut self, ticket: Ticket<P>, entry: Entry<K, P, T>) {
         self.bytes = self.bytes.saturating_add(entry.bytes);
-        let rows = counted(entry.rows);
+        let (rows, full) = (counted(entry.rows), counted(entry.full));
         if let Some(lane) = self.lanes.get_mut(&entry.key) {
-            let before = lane.rows;
+            let before = lane.counts(self.preferred_rows);
             lane.order.insert(ticket, rows);
             lane.rows += rows;
-            let after = lane.rows;
+            lane.full = full;
+            let after = lane.counts(self.preferred_rows);
             self.recount(before, after);
         } else {
-            let lane = Lane { order: BTreeMap::from([(ticket, rows)]), rows };
+            let lane = Lane { order: BTreeMap::from([(ticket, rows)]), rows, full };
+            self.recount((0, 0), lane.counts(self.preferred_rows));
             self.lanes.insert(entry.key.clone(), lane);
-            self.recount(0, rows);
         }
         self.queue.insert(ticket, entry);
     }
@@ -176,12 +192,24 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
         }
     }
 
-    pub fn poll(&mut self, now: Instant) -> Poll<K, P, T> {
+    /// The entry that the next batch begins with, and the rows that wait with its key.
+    pub fn head(&self) -> Option<(&Entry<K, P, T>, usize)> {
+        let (_, head) = self.queue.first_key_value()?;
+        Some((head, self.lanes.get(&head.key)?.rows))
+    }
+
+    /// At most `rows` of them, and `fits` says whether an entry joins so many rows.
+    pub fn poll(
+        &mut self,
+        now: Instant,
+        rows: usize,
+        fits: impl FnMut(usize, &Entry<K, P, T>) -> bool,
+    ) -> Poll<K, P, T> {
         match self.readiness(now) {
             Readiness::Idle => Poll::Idle,
             Readiness::At(due) => Poll::Wait(due),
             Readiness::Ready => {
-                let tickets = self.head_batch();
+                let tickets = self.head_batch(rows.min(self.preferred_rows), fits);
                 Poll::Batch(tickets.into_iter().filter_map(|ticket| Some((ticket, self.take(ticket)?))).collect())
             }
         }
@@ -190,26 +218,26 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
     /// Changes the budget for batches not yet taken.
     pub fn set_preferred_rows(&mut self, preferred_rows: usize) {
         self.preferred_rows = counted(preferred_rows);
-        let per_batch = self.preferred_rows;
-        self.batches = self.lanes.values().map(|lane| lane.rows.div_ceil(per_batch)).sum();
-        self.full_lanes = self.lanes.values().filter(|lane| lane.rows >= per_batch).count();
+        let counts = self.lanes.values().map(|lane| lane.counts(self.preferred_rows));
+        (self.batches, self.full_lanes) = counts.fold((0, 0), |sum, lane| (sum.0 + lane.0, sum.1 + lane.1));
     }
 
     pub fn set_max_delay(&mut self, max_delay: Duration) {
         self.max_delay = max_delay.min(MAX_DELAY);
     }
 
-    fn head_batch(&self) -> Vec<Ticket<P>> {
+    fn head_batch(&self, most: usize, mut fits: impl FnMut(usize, &Entry<K, P, T>) -> bool) -> Vec<Ticket<P>> {
         let Some(lane) = self.queue.first_key_value().and_then(|(_, head)| self.lanes.get(&head.key)) else {
             return Vec::new();
         };
         let mut rows = 0;
         let mut batch = Vec::new();
         for (ticket, more) in &lane.order {
-            rows += more;
-            if rows > self.preferred_rows && !batch.is_empty() {
+            let mut joins = || rows + more <= most && self.queue.get(ticket).is_some_and(|entry| fits(rows, entry));
+            if !batch.is_empty() && !joins() {
                 break;
             }
+            rows += more;
             batch.push(*ticket);
         }
         batch
@@ -220,10 +248,10 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
         self.bytes = self.bytes.saturating_sub(entry.bytes);
         let rows = counted(entry.rows);
         if let Some(lane) = self.lanes.get_mut(&entry.key) {
-            let before = lane.rows;
+            let before = lane.counts(self.preferred_rows);
             lane.order.remove(&ticket);
             lane.rows -= rows;
-            let after = lane.rows;
+            let after = lane.counts(self.preferred_rows);
             if lane.order.is_empty() {
                 self.lanes.remove(&entry.key);
             }
@@ -233,10 +261,9 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
     }
 
     /// Keeps the sums in step with one lane's change.
-    fn recount(&mut self, before: usize, after: usize) {
-        let per_batch = self.preferred_rows;
-        self.batches = self.batches + after.div_ceil(per_batch) - before.div_ceil(per_batch);
-        self.full_lanes = self.full_lanes + usize::from(after >= per_batch) - usize::from(before >= per_batch);
+    fn recount(&mut self, before: (usize, usize), after: (usize, usize)) {
+        self.batches = self.batches + after.0 - before.0;
+        self.full_lanes = self.full_lanes + after.1 - before.1;
     }
 
     /// The earliest arrival: that of the first entry of one of the priorities, of which there are few.
@@ -266,7 +293,12 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     fn entry(item: usize, key: u8, rows: usize, arrived: Instant) -> Entry<u8, u8, usize> {
-        Entry { key, priority: 0, rows, bytes: 10, arrived, item }
+        Entry { key, priority: 0, rows, full: usize::MAX, bytes: 10, arrived, item }
+    }
+
+    /// What is given to a worker that takes whatever there is.
+    fn all(batcher: &mut TestBatcher, now: Instant) -> Poll<u8, u8, usize> {
+        batcher.poll(now, usize::MAX, |_, _| true)
     }
 
     fn items(poll: Poll<u8, u8, usize>) -> Vec<usize> {
@@ -284,11 +316,11 @@ mod tests {
             batcher.push(entry(item, key, rows, now));
         }
         assert_eq!((batcher.len(), batcher.bytes()), (7, 70));
-        assert_eq!(items(batcher.poll(now)), [0, 2], "3 would be a fifth row, and 4 does not overtake it");
-        assert_eq!(items(batcher.poll(now)), [1, 6]);
-        assert_eq!(items(batcher.poll(now)), [3, 4]);
-        assert_eq!(items(batcher.poll(now)), [5], "larger than a batch: alone");
-        assert_eq!((batcher.poll(now), batcher.bytes(), batcher.batches()), (Poll::Idle, 0, 0));
+        assert_eq!(items(all(&mut batcher, now)), [0, 2], "3 would be a fifth row, and 4 does not overtake it");
+        assert_eq!(items(all(&mut batcher, now)), [1, 6]);
+        assert_eq!(items(all(&mut batcher, now)), [3, 4]);
+        assert_eq!(items(all(&mut batcher, now)), [5], "larger than a batch: alone");
+        assert_eq!((all(&mut batcher, now), batcher.bytes(), batcher.batches()), (Poll::Idle, 0, 0));
     }
 
     #[test]
@@ -298,8 +330,8 @@ mod tests {
         for (item, priority) in [9, 5, 9, 1].into_iter().enumerate() {
             batcher.push(Entry { priority, ..entry(item, 0, 1, now) });
         }
-        assert_eq!(items(batcher.poll(now)), [3, 1]);
-        assert_eq!(items(batcher.poll(now)), [0, 2]);
+        assert_eq!(items(all(&mut batcher, now)), [3, 1]);
+        assert_eq!(items(all(&mut batcher, now)), [0, 2]);
     }
 
     #[test]
@@ -307,23 +339,23 @@ mod tests {
         let start = Instant::now();
         let mut batcher = TestBatcher::new(2, 5 * MS);
         batcher.push(entry(0, 1, 1, start));
-        assert_eq!(batcher.poll(start + 4 * MS), Poll::Wait(start + 5 * MS));
-        assert_eq!(items(batcher.poll(start + 5 * MS)), [0]);
+        assert_eq!(all(&mut batcher, start + 4 * MS), Poll::Wait(start + 5 * MS));
+        assert_eq!(items(all(&mut batcher, start + 5 * MS)), [0]);
         batcher.push(entry(1, 1, 1, start));
         batcher.push(entry(2, 1, 1, start + MS));
-        assert_eq!(items(batcher.poll(start + MS)), [1, 2]);
+        assert_eq!(items(all(&mut batcher, start + MS)), [1, 2]);
         // An old entry of low priority makes the urgent ones leave early rather than wait behind them.
         batcher.push(Entry { priority: 9, ..entry(3, 1, 1, start) });
         batcher.push(Entry { priority: 1, ..entry(4, 2, 1, start + 4 * MS) });
         assert_eq!(batcher.readiness(start + 4 * MS), Readiness::At(start + 5 * MS));
-        assert_eq!(items(batcher.poll(start + 5 * MS)), [4]);
-        assert_eq!(items(batcher.poll(start + 5 * MS)), [3]);
+        assert_eq!(items(all(&mut batcher, start + 5 * MS)), [4]);
+        assert_eq!(items(all(&mut batcher, start + 5 * MS)), [3]);
         // A full lane behind a lone head sends the head off too.
         for (item, key) in [(5, 1), (6, 2), (7, 2)] {
             batcher.push(entry(item, key, 1, start));
         }
-        assert_eq!(items(batcher.poll(start)), [5]);
-        assert_eq!(items(batcher.poll(start)), [6, 7]);
+        assert_eq!(items(all(&mut batcher, start)), [5]);
+        assert_eq!(items(all(&mut batcher, start)), [6, 7]);
     }
 
     #[test]
@@ -333,18 +365,24 @@ mod tests {
         for item in [0, 0] {
             batcher.push(entry(item, 1, usize::MAX, start));
         }
-        assert_eq!((items(batcher.poll(start)), items(batcher.poll(start))), (vec![0], vec![0]));
+        assert_eq!((items(all(&mut batcher, start)), items(all(&mut batcher, start))), (vec![0], vec![0]));
         batcher.push(entry(1, 1, 1, start));
-        assert_eq!(batcher.poll(start), Poll::Wait(start + MAX_DELAY));
+        assert_eq!(all(&mut batcher, start), Poll::Wait(start + MAX_DELAY));
         batcher.set_max_delay(Duration::ZERO);
-        assert_eq!(items(batcher.poll(start)), [1]);
+        assert_eq!(items(all(&mut batcher, start)), [1]);
     }
 
     #[derive(Clone, Debug)]
     enum Step {
-        Push { key: u8, priority: u8, rows: usize },
+        Push {
+            key: u8,
+            priority: u8,
+            rows: usize,
+            full: usize,
+        },
         Remove(usize),
-        Poll,
+        /// At most so many rows, and of entries with more than so many rows only one.
+        Poll(usize, usize),
         PutBack,
         Advance(u32),
         Prefer(usize),
@@ -352,9 +390,10 @@ mod tests {
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
-            6 => (0u8..3, 0u8..3, 0usize..7).prop_map(|(key, priority, rows)| Step::Push { key, priority, rows }),
+            6 => (0u8..3, 0u8..3, 0usize..7, 0usize..9)
+                .prop_map(|(key, priority, rows, full)| Step::Push { key, priority, rows, full }),
             2 => (0usize..64).prop_map(Step::Remove),
-            3 => Just(Step::Poll),
+            3 => (1usize..9, 0usize..7).prop_map(|(rows, small)| Step::Poll(rows, small)),
             1 => Just(Step::PutBack),
             2 => (0u32..4).prop_map(Step::Advance),
             1 => (1usize..6).prop_map(Step::Prefer),
@@ -364,13 +403,15 @@ mod tests {
     /// The queue as a plain list, in arrival order.
     struct Model {
         waiting: Vec<(Ticket<u8>, Entry<u8, u8, usize>)>,
+        /// By key, as last told.
+        full: BTreeMap<u8, usize>,
         preferred: usize,
         max_delay: Duration,
     }
 
     impl Model {
         /// What the documented rules say the next batch is.
-        fn batch(&self) -> Vec<usize> {
+        fn batch(&self, most: usize, small: usize) -> Vec<usize> {
             let mut order: Vec<&Entry<u8, u8, usize>> = self.waiting.iter().map(|(_, entry)| entry).collect();
             order.sort_by_key(|entry| (entry.priority, entry.item));
             let Some(head) = order.first() else { return Vec::new() };
@@ -379,15 +420,16 @@ mod tests {
             let fitting = of_key.take_while(|entry| {
                 let first = rows == 0;
                 rows += entry.rows.max(1);
-                first || rows <= self.preferred
+                first || (rows <= self.preferred.min(most) && entry.rows <= small)
             });
             fitting.map(|entry| entry.item).collect()
         }
 
-        fn lane_rows(&self) -> Vec<usize> {
+        /// With the rows of a full batch.
+        fn lane_rows(&self) -> Vec<(usize, usize)> {
             let keys: BTreeSet<u8> = self.waiting.iter().map(|(_, entry)| entry.key).collect();
             let rows = |key| self.waiting.iter().filter(|(_, e)| e.key == key).map(|(_, e)| e.rows.max(1)).sum();
-            keys.into_iter().map(rows).collect()
+            keys.into_iter().map(|key| (rows(key), self.full[&key].min(self.preferred).max(1))).collect()
         }
 
         fn due(&self) -> Option<Instant> {
@@ -403,12 +445,13 @@ mod tests {
             let mut now = Instant::now();
             let max_delay = MS * delay;
             let mut batcher = TestBatcher::new(preferred, max_delay);
-            let mut model = Model { waiting: Vec::new(), preferred, max_delay };
+            let mut model = Model { waiting: Vec::new(), full: BTreeMap::new(), preferred, max_delay };
             let mut gone: Vec<Ticket<u8>> = Vec::new();
             for (item, step) in steps.into_iter().enumerate() {
                 match step {
-                    Step::Push { key, priority, rows } => {
-                        let entry = Entry { priority, ..entry(item, key, rows, now) };
+                    Step::Push { key, priority, rows, full } => {
+                        let entry = Entry { priority, full, ..entry(item, key, rows, now) };
+                        model.full.insert(key, full);
                         model.waiting.push((batcher.push(entry.clone()), entry));
                     }
                     Step::Remove(which) if !model.waiting.is_empty() => {
@@ -418,23 +461,26 @@ mod tests {
                     }
                     Step::Remove(_) => {}
                     Step::PutBack => {
-                        if let Poll::Batch(batch) = batcher.poll(now) {
-                            batch.into_iter().rev().for_each(|(ticket, entry)| batcher.put_back(ticket, entry));
+                        if let Poll::Batch(batch) = all(&mut batcher, now) {
+                            for (ticket, entry) in batch.into_iter().rev() {
+                                model.full.insert(entry.key, entry.full);
+                                batcher.put_back(ticket, entry);
+                            }
                         }
                     }
-                    Step::Poll => match batcher.poll(now) {
+                    Step::Poll(most, small) => match batcher.poll(now, most, |_, entry| entry.rows <= small) {
                         Poll::Idle => prop_assert!(model.waiting.is_empty()),
                         Poll::Wait(until) => {
                             prop_assert_eq!(Some(until), model.due());
-                            prop_assert!(until > now && model.lane_rows().iter().all(|rows| *rows < model.preferred));
+                            prop_assert!(until > now && model.lane_rows().iter().all(|(rows, full)| rows < full));
                         }
                         Poll::Batch(batch) => {
                             let batch: Vec<_> = batch.into_iter().map(|(_, entry)| entry).collect();
                             prop_assert!(batch.iter().all(|entry| entry.key == batch[0].key));
                             let rows: usize = batch.iter().map(|entry| entry.rows.max(1)).sum();
-                            prop_assert!(batch.len() == 1 || rows <= model.preferred);
+                            prop_assert!(batch.len() == 1 || rows <= model.preferred.min(most));
                             let taken: Vec<usize> = batch.iter().map(|entry| entry.item).collect();
-                            prop_assert_eq!(&taken, &model.batch());
+                            prop_assert_eq!(&taken, &model.batch(most, small));
                             gone.extend(model.waiting.iter().filter(|(_, e)| taken.contains(&e.item)).map(|(t, _)| *t));
                             model.waiting.retain(|(_, entry)| !taken.contains(&entry.item));
                         }
@@ -447,7 +493,7 @@ mod tests {
                 }
                 prop_assert_eq!(batcher.len(), model.waiting.len());
                 prop_assert_eq!(batcher.bytes(), model.waiting.len() * 10);
-                let batches: usize = model.lane_rows().iter().map(|rows| rows.div_ceil(model.preferred)).sum();
+                let batches: usize = model.lane_rows().iter().map(|(rows, full)| rows.div_ceil(*full)).sum();
                 prop_assert_eq!(batcher.batches(), batches);
             }
             prop_assert!(gone.into_iter().all(|ticket| batcher.remove(ticket).is_none()));

@@ -22,8 +22,10 @@
 //! threads, started on demand, gone after [`Config::linger`] without work.
 
 pub mod batcher;
+mod cost;
 mod gate;
 mod inline;
+mod limit;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -47,6 +49,7 @@ use batcher::{Batcher, Entry, Readiness};
 use inline::{Inline, Quickness};
 use worker::{Positions, blame};
 
+pub use cost::Sample;
 pub use gate::Gate;
 pub use threads::{Reason, ThreadPlan, Wish};
 
@@ -101,6 +104,18 @@ pub struct Group {
     pub instances: usize,
     /// What a run takes from the gate: the instance's intra-op threads, or 0 where another device computes.
     pub cores: usize,
+    /// What runs were measured to take; may be empty.
+    pub costs: Vec<Sample>,
+    /// The same model on the same device with more threads a run, for a request that is alone.
+    pub wide: Option<Wide>,
+}
+
+/// One instance beside a group's own ones, for when nothing else is to be done.
+pub struct Wide {
+    pub instance: Box<dyn Instance>,
+    /// Its intra-op threads.
+    pub cores: usize,
+    pub costs: Vec<Sample>,
 }
 
 /// What a request gets: its requested outputs in order, where its time went, and its permit back (held until the
@@ -377,7 +392,7 @@ impl Shared {
         let job = Job { inputs, outputs, rows, length, deadline, submitted: now, place: None, permit, reply };
         // Where nothing is shared, every request is one batch, however many rows it has.
         let rows = if self.batching.load(Ordering::Relaxed) { rows } else { 1 };
-        let ticket = state.batcher.push(Entry { key, priority, rows, bytes, arrived: now, item: job });
+        let ticket = state.batcher.push(Entry { key, priority, rows, full: usize::MAX, bytes, arrived: now, item: job });
         self.emit_queue(&state);
         let call = self.summon(&mut state);
         let filled = state.filled(now);

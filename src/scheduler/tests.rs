@@ -174,7 +174,7 @@ fn group(script: &Arc<Script>, instances: usize, cores: usize) -> Group {
     let signature = Signature { inputs: vec![spec("x")], outputs: vec![spec("double"), spec("half")] };
     let model = Arc::new(ScriptedModel { script: Arc::clone(script), signature });
     let instance = model.instance().unwrap();
-    Group { model, instance, instances, cores }
+    Group { model, instance, instances, cores, costs: Vec::new(), wide: None }
 }
 
 struct Bench {

@@ -289,7 +289,7 @@ impl Worker {
         let shared = Arc::clone(&self.shared);
         let mut state = lock(&shared.state);
         let now = Instant::now();
-        let polled = state.batcher.poll(now);
+        let polled = state.batcher.poll(now, usize::MAX, |_, _| true);
         if let Poll::Batch(taken) = &polled {
             self.running = taken.len();
             state.running += taken.len();

@@ -1,0 +1,204 @@
+//! How many rows a batch is filled up to: as many as give the most rows a second, by what runs cost, and no more.
+//!
+//! Pure: no clock, no threads, no queue. One [`Limits`] for each layout that a version runs in.
+//!
+//! A batch of the rows that wait is cut to the smallest size whose rows a second are within [`SLACK`] of the best that
+//! these rows allow: where a bigger batch costs more per row, it stops growing. Nothing known: batches are filled up.
+//! Sizes beyond the largest known one are entered one doubling at a time, while the last one paid. Neighbours of the size
+//! in use are tried again now and then, for at most [`TRIED`] of the time that runs take, and only with rows that wait anyway.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::cost::{CostModel, Curve, OLD, Sample, class, size};
+
+/// Rows a second that are given up for a smaller batch, which answers earlier.
+const SLACK: f64 = 0.02;
+/// The same while other versions compute, where the run takes longer than [`SLICE`].
+const SHARING_SLACK: f64 = 0.10;
+/// What a run takes that keeps nobody waiting.
+const SLICE: f64 = 0.005;
+/// What a batch costs besides its run, in seconds: the hand-over to a worker, the lock, and the wake-ups.
+const HAND_OVER: f64 = 10e-6;
+/// Share of the time of runs that trials may take.
+const TRIED: f64 = 0.02;
+/// Runs of a length before the first trial.
+const TRIED_FROM: u64 = 32;
+/// A trial takes at most so many times as long as the batch in its place, as far as is known and was true lately.
+const LONGEST_TRIAL: f64 = 2.5;
+/// So many times the latest run is what trials may save up for.
+const SAVED_UP: f64 = 10.0;
+/// Saved by splitting a batch over an idle core, in seconds, at least: another worker must be woken for it.
+const SPLIT_SAVES: f64 = 30e-6;
+
+/// What there is to be batched, seen by the worker that is about to.
+#[derive(Clone, Copy, Debug)]
+pub struct Waiting {
+    /// Of the first request.
+    pub length: Option<usize>,
+    /// Rows that may join it.
+    pub rows: usize,
+    /// Rows of a fair share: where other cores are idle, what this one should leave to them.
+    pub share: usize,
+    /// Other versions compute, too.
+    pub contended: bool,
+}
+
+/// What to seal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sealing {
+    /// At most.
+    pub rows: usize,
+    /// To learn what so many cost: no matter how long they are.
+    pub trial: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Limits {
+    costs: CostModel,
+    /// Rows, at most.
+    most: usize,
+    /// False: always `most`.
+    tuned: bool,
+    /// What a run may take, in seconds.
+    longest: Option<f64>,
+    /// Seconds that trials may take now, by class of length: the cheap ones would leave nothing to the others.
+    credit: BTreeMap<usize, f64>,
+}
+
+impl Limits {
+    pub fn new(most: usize, tuned: bool, samples: &[Sample]) -> Limits {
+        Limits { costs: CostModel::new(samples), most: most.max(1), tuned, longest: None, credit: BTreeMap::new() }
+    }
+
+    pub fn costs(&self) -> &CostModel {
+        &self.costs
+    }
+
+    pub fn set_most(&mut self, most: usize) {
+        self.most = most.max(1);
+    }
+
+    /// What a run may take; longer ones are of one request.
+    pub fn set_longest(&mut self, longest: Duration) {
+        self.longest = Some(longest.as_secs_f64());
+    }
+
+    pub fn learn(&mut self, rows: usize, length: Option<usize>, compute: Duration) {
+        self.costs.learn(rows, length, compute);
+        let seconds = compute.as_secs_f64();
+        // Enough for any one trial, and not much more than that.
+        let credit = self.credit.entry(class(length)).or_default();
+        *credit = (*credit + TRIED * seconds).min(SAVED_UP * seconds);
+    }
+
+    /// Rows that a batch is filled up to where there is no end of them.
+    pub fn in_force(&self, length: Option<usize>) -> usize {
+        self.best(length, self.most, SLACK)
+    }
+
+    /// The next batch.
+    pub fn seal(&mut self, waiting: &Waiting) -> Sealing {
+        let Waiting { length, rows, share, contended } = *waiting;
+        let most = rows.min(self.most);
+        let best = self.best(length, most, SLACK);
+        let plain = |rows| Sealing { rows, trial: false };
+        if share < best && self.saves(length, best, share) {
+            return plain(self.best(length, share, SLACK));
+        }
+        if contended && self.seconds(best, length).is_some_and(|seconds| seconds > SLICE) {
+            return plain(self.best(length, most, SHARING_SLACK));
+        }
+        let trial = self.trial(length, best, most);
+        trial.map_or(plain(best), |rows| Sealing { rows, trial: true })
+    }
+
+    /// Whether two requests side by side in a batch of `rows` cost no more than they would apart.
+    pub fn fits(&self, rows: usize, longest: Option<usize>, more: usize, length: Option<usize>) -> bool {
+        let known = self.costs.curve(longest.max(length)).and_then(|curve| curve.known().next_back());
+        // What is not known yet must be tried to be.
+        if longest == length || !self.tuned || known.is_none_or(|(edge, _)| edge < rows + more) {
+            return true;
+        }
+        let together = self.seconds(rows + more, longest.max(length));
+        let apart = self.seconds(rows, longest).zip(self.seconds(more, length));
+        together.zip(apart).is_none_or(|(together, (first, second))| together <= first + second + HAND_OVER)
+    }
+
+    fn seconds(&self, rows: usize, length: Option<usize>) -> Option<f64> {
+        self.costs.predict(rows, length).map(|time| time.as_secs_f64())
+    }
+
+    fn best(&self, length: Option<usize>, most: usize, slack: f64) -> usize {
+        let most = most.max(1);
+        let known = self.costs.nearest(length).filter(|_| self.tuned && most > 1);
+        known.map_or(most, |(curve, factor)| best_of(curve, self.bounded(curve, factor, most), slack))
+    }
+
+    /// Cut to what takes no longer than a run may.
+    fn bounded(&self, curve: &Curve, factor: f64, most: usize) -> usize {
+        let Some(longest) = self.longest else { return most };
+        let fits = |rows: &usize| curve.at(*rows).is_none_or(|seconds| seconds * factor <= longest);
+        if fits(&most) {
+            return most;
+        }
+        sizes(most).filter(fits).last().unwrap_or(1)
+    }
+
+    fn saves(&self, length: Option<usize>, rows: usize, share: usize) -> bool {
+        let times = self.seconds(rows, length).zip(self.seconds(share, length));
+        times.is_some_and(|(whole, part)| whole - part > SPLIT_SAVES)
+    }
+
+    /// A neighbour of the best size, if one is due: the one that was not run for longest.
+    fn trial(&mut self, length: Option<usize>, best: usize, most: usize) -> Option<usize> {
+        let curve = self.costs.curve(length).filter(|curve| self.tuned && curve.runs() >= TRIED_FROM)?;
+        let usual = curve.at(best)?;
+        let longest = LONGEST_TRIAL * usual;
+        // What is not known, or was long ago, is taken for no longer than that.
+        let takes = |rows: usize| {
+            let seconds = curve.at(rows).unwrap_or(longest);
+            if curve.age(rows).is_none_or(|age| age > OLD) { seconds.min(longest) } else { seconds }
+        };
+        let longest = self.longest.map_or(longest, |most| longest.min(most));
+        let allowed = |rows: &usize| *rows != best && *rows <= most && takes(*rows) <= longest;
+        let step = (best / 4).max(1);
+        let around = [size(best + step), size(best * 2), size(best - step.min(best - 1)), size(best.div_ceil(2)), 1];
+        let rows = around.into_iter().filter(allowed).max_by_key(|rows| curve.age(*rows).unwrap_or(u64::MAX))?;
+        let seconds = takes(rows);
+        let credit = self.credit.get_mut(&class(length)).filter(|credit| **credit >= seconds)?;
+        *credit -= seconds;
+        Some(rows)
+    }
+}
+
+fn sizes(most: usize) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(1), |rows| Some(size(rows + 1))).take_while(move |rows| *rows <= most)
+}
+
+/// At most `most` rows; `curve` knows at least one size.
+fn best_of(curve: &Curve, most: usize, slack: f64) -> usize {
+    let rate = |rows: usize, seconds: f64| rows as f64 / (seconds + HAND_OVER);
+    let edge = curve.known().next_back().map_or(0, |(rows, _)| rows);
+    let whole = curve.at(most).filter(|_| most <= edge).map(|seconds| (most, seconds));
+    let candidates = || curve.known().filter(|(rows, _)| *rows < most).chain(whole);
+    let best = candidates().map(|(rows, seconds)| rate(rows, seconds)).fold(0.0, f64::max);
+    let good = |(rows, seconds): &(usize, f64)| rate(*rows, *seconds) >= (1.0 - slack) * best;
+    if most > edge && grows(curve, best) {
+        return most.min(edge * 2);
+    }
+    candidates().find(good).map_or(most, |(rows, _)| rows)
+}
+
+/// Whether more rows than any known size may be worth it: the largest is among the best, and either it is better than
+/// the one before it, or twice as many would keep nobody waiting.
+fn grows(curve: &Curve, best: f64) -> bool {
+    let rate = |(rows, seconds): (usize, f64)| rows as f64 / (seconds + HAND_OVER);
+    let mut known = curve.known().rev();
+    let Some(edge) = known.next() else { return true };
+    let improves = known.next().is_none_or(|before| rate(edge) > (1.0 + SLACK / 2.0) * rate(before));
+    rate(edge) >= (1.0 - SLACK) * best && (improves || 2.0 * edge.1 <= SLICE)
+}
+
+#[cfg(test)]
+mod tests;
