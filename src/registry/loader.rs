@@ -310,7 +310,14 @@ impl Loader {
         };
         let group = |(placed, probe): (Placed, Probe)| {
             let (instances, cores) = (placed.plan.instances, placed.cores());
-            Ok::<_, Failure>(Group { model: placed.model, instance: probe.into_instance()?, instances, cores, costs: Vec::new(), wide: None })
+            Ok::<_, Failure>(Group {
+                model: placed.model,
+                instance: probe.into_instance()?,
+                instances,
+                cores,
+                costs: Vec::new(),
+                wide: None,
+            })
         };
         let groups = devices.into_iter().zip(probes).map(group).collect::<Result<_, _>>()?;
         Ok(Made { facts, goldens, groups })
@@ -322,7 +329,7 @@ impl Loader {
             if placed.model.signature() != signature {
                 return Err(Failure::Refused(format!("on {} the model has another signature", placed.device)));
             }
-            let mut probe = Probe::new(Arc::clone(&placed.model), Arc::clone(&self.gate), placed.cores())?;
+            let mut probe = Probe::new(Arc::clone(&placed.model), &self.gate, placed.cores())?;
             if placed.device != Device::Cpu {
                 first_run(&mut probe, signature);
             }

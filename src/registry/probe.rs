@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::backend::{Batch, Instance, LoadError, Model, first_line};
-use crate::scheduler::Gate;
+use crate::scheduler::{Account, Gate};
 use crate::tensor::{Ragged, Tensor};
 
 pub struct Probe {
@@ -13,7 +13,7 @@ pub struct Probe {
     /// `None` after a panic, until the next run makes another.
     instance: Option<Box<dyn Instance>>,
     /// Runs wait their turn among those of versions that serve.
-    gate: Arc<Gate>,
+    gate: Account,
     threads: usize,
     clock: Box<dyn FnMut() -> Instant>,
     spent: Duration,
@@ -21,8 +21,8 @@ pub struct Probe {
 
 impl Probe {
     /// `threads`: what one run takes from the gate.
-    pub fn new(model: Arc<dyn Model>, gate: Arc<Gate>, threads: usize) -> Result<Probe, LoadError> {
-        let instance = Some(model.instance()?);
+    pub fn new(model: Arc<dyn Model>, gate: &Arc<Gate>, threads: usize) -> Result<Probe, LoadError> {
+        let (instance, gate) = (Some(model.instance()?), gate.background());
         Ok(Probe { model, instance, gate, threads, clock: Box::new(Instant::now), spent: Duration::ZERO })
     }
 

@@ -37,7 +37,7 @@ pub fn probe(
     run: impl Fn(&[Tensor]) -> Result<Vec<Tensor>, RunError> + Send + Sync + 'static,
 ) -> Probe {
     let model = Arc::new(Fake::new(signature.clone()).computing(run));
-    Probe::new(model, Gate::new(1), 1).unwrap()
+    Probe::new(model, &Gate::new(1), 1).unwrap()
 }
 
 /// A registry of copies of the repository's own small models, on a fake engine.

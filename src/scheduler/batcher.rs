@@ -83,6 +83,7 @@ pub struct Batcher<K, P, T> {
     lanes: HashMap<K, Lane<P>>,
     next_sequence: u64,
     bytes: usize,
+    rows: usize,
     /// Sum over lanes of their rows in full batches, rounded up.
     batches: usize,
     /// Lanes that hold a full batch.
@@ -115,6 +116,7 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
             lanes: HashMap::new(),
             next_sequence: 0,
             bytes: 0,
+            rows: 0,
             batches: 0,
             full_lanes: 0,
         }
@@ -134,6 +136,11 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
         self.bytes
     }
 
+    /// Rows of the waiting entries.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// How many batches the queue will make, at least: entries that don't fit side by side make it more.
     pub fn batches(&self) -> usize {
         self.batches
@@ -150,6 +157,7 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
     pub fn put_back(&mut self, ticket: Ticket<P>, entry: Entry<K, P, T>) {
         self.bytes = self.bytes.saturating_add(entry.bytes);
         let (rows, full) = (counted(entry.rows), counted(entry.full));
+        self.rows += rows;
         if let Some(lane) = self.lanes.get_mut(&entry.key) {
             let before = lane.counts(self.preferred_rows);
             lane.order.insert(ticket, rows);
@@ -247,6 +255,7 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
         let entry = self.queue.remove(&ticket)?;
         self.bytes = self.bytes.saturating_sub(entry.bytes);
         let rows = counted(entry.rows);
+        self.rows -= rows;
         if let Some(lane) = self.lanes.get_mut(&entry.key) {
             let before = lane.counts(self.preferred_rows);
             lane.order.remove(&ticket);
@@ -495,6 +504,7 @@ mod tests {
                 prop_assert_eq!(batcher.bytes(), model.waiting.len() * 10);
                 let batches: usize = model.lane_rows().iter().map(|(rows, full)| rows.div_ceil(*full)).sum();
                 prop_assert_eq!(batcher.batches(), batches);
+                prop_assert_eq!(batcher.rows(), model.lane_rows().iter().map(|(rows, _)| rows).sum::<usize>());
             }
             prop_assert!(gone.into_iter().all(|ticket| batcher.remove(ticket).is_none()));
             let left: BTreeSet<usize> = batcher.drain().into_iter().collect();

@@ -33,7 +33,7 @@ const SPLIT_SAVES: f64 = 30e-6;
 
 /// What there is to be batched, seen by the worker that is about to.
 #[derive(Clone, Copy, Debug)]
-pub struct Waiting {
+pub struct Queued {
     /// Of the first request.
     pub length: Option<usize>,
     /// Rows that may join it.
@@ -45,7 +45,7 @@ pub struct Waiting {
 }
 
 /// What to seal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sealing {
     /// At most.
     pub rows: usize,
@@ -62,13 +62,21 @@ pub struct Limits {
     tuned: bool,
     /// What a run may take, in seconds.
     longest: Option<f64>,
-    /// Seconds that trials may take now, by class of length: the cheap ones would leave nothing to the others.
-    credit: BTreeMap<usize, f64>,
+    /// By class of length.
+    classes: BTreeMap<usize, Class>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Class {
+    /// Seconds that trials may take now: of each class, since the cheap ones would leave nothing to the others.
+    credit: f64,
+    /// What [`Limits::in_force`] said, until more is known.
+    in_force: Option<usize>,
 }
 
 impl Limits {
     pub fn new(most: usize, tuned: bool, samples: &[Sample]) -> Limits {
-        Limits { costs: CostModel::new(samples), most: most.max(1), tuned, longest: None, credit: BTreeMap::new() }
+        Limits { costs: CostModel::new(samples), most: most.max(1), tuned, longest: None, classes: BTreeMap::new() }
     }
 
     pub fn costs(&self) -> &CostModel {
@@ -77,29 +85,37 @@ impl Limits {
 
     pub fn set_most(&mut self, most: usize) {
         self.most = most.max(1);
+        self.classes.clear();
     }
 
     /// What a run may take; longer ones are of one request.
     pub fn set_longest(&mut self, longest: Duration) {
         self.longest = Some(longest.as_secs_f64());
+        self.classes.clear();
     }
 
     pub fn learn(&mut self, rows: usize, length: Option<usize>, compute: Duration) {
         self.costs.learn(rows, length, compute);
         let seconds = compute.as_secs_f64();
         // Enough for any one trial, and not much more than that.
-        let credit = self.credit.entry(class(length)).or_default();
+        let Class { credit, in_force } = self.classes.entry(class(length)).or_default();
+        *in_force = None;
         *credit = (*credit + TRIED * seconds).min(SAVED_UP * seconds);
     }
 
     /// Rows that a batch is filled up to where there is no end of them.
-    pub fn in_force(&self, length: Option<usize>) -> usize {
-        self.best(length, self.most, SLACK)
+    pub fn in_force(&mut self, length: Option<usize>) -> usize {
+        let known = self.classes.get(&class(length)).and_then(|class| class.in_force);
+        known.unwrap_or_else(|| {
+            let rows = self.best(length, self.most, SLACK);
+            self.classes.entry(class(length)).or_default().in_force = Some(rows);
+            rows
+        })
     }
 
     /// The next batch.
-    pub fn seal(&mut self, waiting: &Waiting) -> Sealing {
-        let Waiting { length, rows, share, contended } = *waiting;
+    pub fn seal(&mut self, waiting: &Queued) -> Sealing {
+        let Queued { length, rows, share, contended } = *waiting;
         let most = rows.min(self.most);
         let best = self.best(length, most, SLACK);
         let plain = |rows| Sealing { rows, trial: false };
@@ -166,8 +182,8 @@ impl Limits {
         let around = [size(best + step), size(best * 2), size(best - step.min(best - 1)), size(best.div_ceil(2)), 1];
         let rows = around.into_iter().filter(allowed).max_by_key(|rows| curve.age(*rows).unwrap_or(u64::MAX))?;
         let seconds = takes(rows);
-        let credit = self.credit.get_mut(&class(length)).filter(|credit| **credit >= seconds)?;
-        *credit -= seconds;
+        let class = self.classes.get_mut(&class(length)).filter(|class| class.credit >= seconds)?;
+        class.credit -= seconds;
         Some(rows)
     }
 }

@@ -1,8 +1,8 @@
 //! Scheduling of one model version: requests are queued, batched and run by worker threads that pull.
 //!
 //! Owns the queue, the version's instances and its threads; knows nothing of protocols, registries or engines. Policy
-//! lives in [`batcher`] and [`threads`], which have neither clocks nor threads; this file is the shell that callers
-//! see, `worker` the loop that runs.
+//! lives in [`batcher`], `cost`, `limit`, `fair` and [`threads`], which have neither clocks nor threads; this file is the
+//! shell that callers see, `worker` the loop that runs.
 //!
 //! Invariants: a request leaves the queue exactly once, to a worker or because its caller stopped waiting. A job that
 //! was taken is answered even after [`Scheduler::close`]; only a worker that cannot make its instance puts its jobs back
@@ -23,6 +23,7 @@
 
 pub mod batcher;
 mod cost;
+mod fair;
 mod gate;
 mod inline;
 mod limit;
@@ -46,11 +47,13 @@ use crate::monitor::events::{QueueChanged, QueueRejected, VersionDemoted};
 use crate::request::{Permit, Prepared, Priority, Timings};
 use crate::tensor::{Ragged, Tensor};
 use batcher::{Batcher, Entry, Readiness};
+use fair::Room;
 use inline::{Inline, Quickness};
+use limit::{Limits, Queued, Sealing};
 use worker::{Positions, blame};
 
 pub use cost::Sample;
-pub use gate::Gate;
+pub use gate::{Account, Gate};
 pub use threads::{Reason, ThreadPlan, Wish};
 
 pub const DEFAULT_PREFERRED_ROWS: usize = 32;
@@ -67,8 +70,10 @@ pub struct Config {
     pub batching: bool,
     /// Where requests of different lengths share a batch.
     pub ragged: Option<Arc<Ragged>>,
-    /// Rows a batch is filled up to; at most what the model declares. A request of more rows runs alone.
+    /// Rows a batch is filled up to at most; no more than the model declares. A request of more rows runs alone.
     pub preferred_rows: usize,
+    /// Batches are filled up as far as that pays, by what runs have cost; otherwise to the preferred rows.
+    pub tuned: bool,
     /// How long a request may wait for others to share its batch.
     pub max_delay: Duration,
     pub max_queue_requests: usize,
@@ -85,6 +90,7 @@ impl Default for Config {
             batching: true,
             ragged: None,
             preferred_rows: DEFAULT_PREFERRED_ROWS,
+            tuned: true,
             max_delay: Duration::ZERO,
             max_queue_requests: DEFAULT_MAX_QUEUE_REQUESTS,
             max_queue_bytes: DEFAULT_MAX_QUEUE_BYTES,
@@ -142,7 +148,7 @@ struct Shared {
     /// Of the model.
     outputs: usize,
     config: Config,
-    gate: Arc<Gate>,
+    gate: Account,
     monitor: Arc<VersionMonitor>,
     /// False once demoted.
     batching: AtomicBool,
@@ -172,6 +178,8 @@ struct State {
     instances: Vec<(usize, Box<dyn Instance>)>,
     /// By group.
     slots: Vec<Slots>,
+    /// By group.
+    limits: Vec<Limits>,
     workers: usize,
     /// Workers that have begun to reply and will look at the queue next.
     returning: usize,
@@ -179,8 +187,9 @@ struct State {
     growing: bool,
     /// Requests that run on the threads that submitted them.
     inline: usize,
-    /// Jobs taken and not yet answered.
+    /// Jobs taken and not yet answered, and their rows.
     running: usize,
+    running_rows: usize,
     handles: Vec<JoinHandle<()>>,
 }
 
@@ -199,6 +208,8 @@ struct Slots {
     heading: usize,
     /// Workers that wait for a batch to fill.
     filling: usize,
+    /// Workers that have taken a batch and not come back yet.
+    running: usize,
 }
 
 impl State {
@@ -239,6 +250,29 @@ impl State {
         }
     }
 
+    /// Rows that a batch of such requests is filled up to, as far as is known: on the device that is asked first.
+    fn full(&mut self, extent: Option<usize>) -> usize {
+        let group = self.slots.iter().position(|slots| slots.most > 0).unwrap_or(0);
+        self.limits[group].in_force(extent)
+    }
+
+    /// What a worker of the group that holds its places at the gate, so many of them, should take next.
+    fn seal(&mut self, group: usize, cores: usize, room: Room) -> Sealing {
+        let Some((head, rows)) = self.batcher.head() else { return Sealing::default() };
+        let slots = &self.slots[group];
+        // Where others compute, an idle core is theirs. Where a device computes, it is not the cores that are shared.
+        let share = match cores {
+            0 => rows,
+            _ if room.contended => rows,
+            _ => {
+                let at_it = slots.most.min(slots.running + slots.heading + room.free / cores);
+                (self.batcher.rows() + self.running_rows).div_ceil(at_it.max(1))
+            }
+        };
+        let queued = Queued { length: head.item.extent, rows, share, contended: room.contended && cores > 0 };
+        self.limits[group].seal(&queued)
+    }
+
     /// The first group of those whose workers wait for a batch to fill, if they need not wait any longer.
     fn filled(&self, now: Instant) -> Option<usize> {
         let group = self.slots.iter().position(|slots| slots.filling > 0)?;
@@ -252,6 +286,8 @@ struct Job {
     outputs: Vec<usize>,
     rows: usize,
     length: Option<usize>,
+    /// What the time of a row depends on: its length, or how many elements it has.
+    extent: Option<usize>,
     deadline: Option<Instant>,
     submitted: Instant,
     /// Where it stood in the queue, once taken.
@@ -270,6 +306,7 @@ impl Scheduler {
         monitor: Arc<VersionMonitor>,
     ) -> Scheduler {
         let preferred_rows = if config.batching { config.preferred_rows } else { 1 };
+        let limits = groups.iter().map(|group| Limits::new(preferred_rows, config.tuned, &group.costs)).collect();
         let slots =
             groups.iter().map(|group| Slots { taken: 1, most: group.instances.max(1), ..Slots::default() }).collect();
         let outputs = groups.first().map_or(0, |group| group.model.signature().outputs.len());
@@ -283,11 +320,13 @@ impl Scheduler {
             closed: false,
             instances,
             slots,
+            limits,
             workers: 0,
             returning: 0,
             growing: false,
             inline: 0,
             running: 0,
+            running_rows: 0,
             handles: Vec::new(),
         };
         Scheduler {
@@ -298,7 +337,7 @@ impl Scheduler {
                 engines,
                 outputs,
                 config,
-                gate,
+                gate: gate.account(),
                 monitor,
                 state: Mutex::new(state),
                 ended: Condvar::new(),
@@ -361,6 +400,11 @@ impl Scheduler {
         &self.shared.config
     }
 
+    /// What runs cost, as far as is known, by group: what another scheduler of the same model may begin with.
+    pub fn costs(&self) -> Vec<Vec<Sample>> {
+        lock(&self.shared.state).limits.iter().map(|limits| limits.costs().samples()).collect()
+    }
+
     /// Requests share batches; false once demoted at run time.
     pub fn batches(&self) -> bool {
         self.shared.batching.load(Ordering::Relaxed)
@@ -381,6 +425,7 @@ impl Shared {
     ) -> Result<(Waiting<'_>, oneshot::Receiver<Result<Answer>>)> {
         let bytes = prepared.input_bytes();
         let Prepared { inputs, outputs, rows, key, length, deadline, priority } = prepared;
+        let extent = length.or_else(|| (!key.is_empty()).then(|| extent(&inputs, rows)));
         let (reply, answer) = oneshot::channel();
         let mut state = lock(&self.state);
         // Read under the lock, so that arrivals are in order.
@@ -389,10 +434,11 @@ impl Shared {
             return Err(expired());
         }
         self.check_admits(&state, bytes)?;
-        let job = Job { inputs, outputs, rows, length, deadline, submitted: now, place: None, permit, reply };
+        let job = Job { inputs, outputs, rows, length, extent, deadline, submitted: now, place: None, permit, reply };
         // Where nothing is shared, every request is one batch, however many rows it has.
         let rows = if self.batching.load(Ordering::Relaxed) { rows } else { 1 };
-        let ticket = state.batcher.push(Entry { key, priority, rows, full: usize::MAX, bytes, arrived: now, item: job });
+        let full = state.full(extent);
+        let ticket = state.batcher.push(Entry { key, priority, rows, full, bytes, arrived: now, item: job });
         self.emit_queue(&state);
         let call = self.summon(&mut state);
         let filled = state.filled(now);
@@ -469,7 +515,10 @@ impl Shared {
     /// Stops sharing batches: what the model gives does not have one row per row.
     fn demote(&self) {
         if self.batching.swap(false, Ordering::Relaxed) {
-            lock(&self.state).batcher.set_preferred_rows(1);
+            let mut state = lock(&self.state);
+            state.batcher.set_preferred_rows(1);
+            state.limits.iter_mut().for_each(|limits| limits.set_most(1));
+            drop(state);
             self.wake_filling();
             let reason = "an output does not have as many rows as its inputs";
             VersionDemoted { version: &self.monitor, reason }.emit();
@@ -502,6 +551,12 @@ impl Drop for Waiting<'_> {
         // The job's tensors and permit are freed here, outside the lock.
         drop(job);
     }
+}
+
+/// Elements of a row of the largest input: what the time of a row depends on where its shape is free and nobody says
+/// which axis is a sequence. A sequence of numbers is as long as this.
+pub fn extent(inputs: &[Tensor], rows: usize) -> usize {
+    inputs.iter().map(|input| input.shape().elements() / rows.max(1)).max().unwrap_or(0)
 }
 
 fn expired() -> Error {

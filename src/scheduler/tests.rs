@@ -736,7 +736,7 @@ async fn an_instance_that_panicked_is_made_again_in_its_own_group() {
 async fn a_group_that_cannot_make_its_instance_leaves_its_requests_to_another() {
     let (first, second) = (Arc::<Script>::default(), Arc::<Script>::default());
     let bench = Bench::with(&first, vec![group(&first, 1, 0), group(&second, 1, 1)], Bench::config());
-    let all = bench.gate.acquire(usize::MAX);
+    let all = bench.scheduler.shared.gate.acquire(usize::MAX);
     first.broken.store(true, Ordering::SeqCst);
     first.hold();
     first.hold_make();
@@ -791,7 +791,7 @@ async fn no_request_waits_for_a_core_while_the_group_in_front_rests() {
     }
     bench.wait_until(|slots| slots.resting, 2);
 
-    let all = bench.gate.acquire(usize::MAX);
+    let all = bench.scheduler.shared.gate.acquire(usize::MAX);
     first.hold();
     let mut waiting = vec![bench.submit(&[3.0])];
     first.wait_for_runs_inside(1);
@@ -812,7 +812,7 @@ async fn no_request_waits_for_a_core_while_the_group_in_front_rests() {
 async fn what_computes_elsewhere_runs_while_every_core_is_taken() {
     let script = Arc::default();
     let bench = Bench::with(&script, vec![group(&script, 1, 0)], Bench::config());
-    let all = bench.gate.acquire(usize::MAX);
+    let all = bench.scheduler.shared.gate.acquire(usize::MAX);
     assert_eq!(values(bench.submit(&[1.0])).await, [2.0]);
     drop(all);
     bench.join();
@@ -821,7 +821,7 @@ async fn what_computes_elsewhere_runs_while_every_core_is_taken() {
 #[tokio::test]
 async fn batches_fill_while_the_gate_is_busy() {
     let bench = Bench::new(Bench::config());
-    let all = bench.gate.acquire(usize::MAX);
+    let all = bench.scheduler.shared.gate.acquire(usize::MAX);
     let waiting: Vec<_> = (0..8).map(|i| bench.submit(&[i as f32])).collect();
     drop(all);
     for submitted in waiting {

@@ -8,10 +8,10 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::batcher::{Entry, Poll, Readiness};
-use super::{Answer, Job, Key, Shared, State, Ticket, expired, lock};
+use super::{Answer, Job, Key, Room, Shared, State, Ticket, expired, lock};
 use crate::backend::{Batch, Instance, RunError, panic_text};
 use crate::error::{Error, Kind};
 use crate::monitor::events::BatchExecuted;
@@ -37,10 +37,23 @@ struct Worker {
     heading: bool,
     /// Counted in `State::returning`.
     returning: bool,
-    /// Counted in `State::running`.
+    /// Jobs counted in `State::running`, and their rows.
     running: usize,
+    running_rows: usize,
+    /// What its instance's latest run cost, until the others are told.
+    learned: Option<Learned>,
+    /// Has run: the first run of a thread finds nothing in the caches.
+    warm: bool,
     /// Whole outputs of this turn's runs, for the monitor.
     executed: Vec<Vec<Tensor>>,
+}
+
+/// One whole batch, run once.
+#[derive(Clone, Copy)]
+struct Learned {
+    rows: usize,
+    extent: Option<usize>,
+    compute: Duration,
 }
 
 /// What a run did for its jobs.
@@ -77,8 +90,22 @@ impl Shared {
         let name = thread_name(&self.name, state.workers);
         let shared = Arc::clone(self);
         let begin = move || {
-            let (rested, gives_up, returning, running, executed) = (false, false, false, 0, Vec::new());
-            Worker { shared, group, instance, rested, growing, gives_up, heading, returning, running, executed }.work();
+            let worker = Worker {
+                shared,
+                group,
+                instance,
+                rested: false,
+                growing,
+                gives_up: false,
+                heading,
+                returning: false,
+                running: 0,
+                running_rows: 0,
+                learned: None,
+                warm: false,
+                executed: Vec::new(),
+            };
+            worker.work();
         };
         let spawned = thread::Builder::new().name(name).spawn(begin);
         let started = spawned.is_ok();
@@ -154,9 +181,10 @@ impl Worker {
         if self.growing && !self.grow() {
             return;
         }
-        let (gate, cores) = (Arc::clone(&self.shared.gate), self.shared.engines[self.group].cores);
+        let shared = Arc::clone(&self.shared);
+        let cores = shared.engines[self.group].cores;
         while !self.gives_up && self.find_work() {
-            let turn = gate.acquire(cores);
+            let turn = shared.gate.acquire(cores);
             let jobs = self.take();
             self.serve(jobs);
             drop(turn);
@@ -266,7 +294,12 @@ impl Worker {
     fn count_out(&mut self, state: &mut State) {
         let ended = std::mem::take(&mut self.running);
         state.running -= ended;
+        state.running_rows -= std::mem::take(&mut self.running_rows);
+        if let Some(Learned { rows, extent, compute }) = self.learned.take() {
+            state.limits[self.group].learn(rows, extent, compute);
+        }
         if ended > 0 {
+            state.slots[self.group].running -= 1;
             self.shared.emit_queue(state);
         }
     }
@@ -287,12 +320,16 @@ impl Worker {
     /// Seals a batch. Empty if another worker or the callers' leaving was faster.
     fn take(&mut self) -> Vec<Job> {
         let shared = Arc::clone(&self.shared);
+        let room = shared.gate.room();
         let mut state = lock(&shared.state);
         let now = Instant::now();
-        let polled = state.batcher.poll(now, usize::MAX, |_, _| true);
+        let polled = self.poll(&mut state, room, now);
         if let Poll::Batch(taken) = &polled {
             self.running = taken.len();
+            self.running_rows = taken.iter().map(|(_, entry)| entry.rows.max(1)).fold(0, usize::saturating_add);
             state.running += taken.len();
+            state.running_rows = state.running_rows.saturating_add(self.running_rows);
+            state.slots[self.group].running += 1;
             shared.emit_queue(&state);
         }
         self.set_heading(&mut state, false);
@@ -305,6 +342,19 @@ impl Worker {
             Poll::Batch(taken) => taken.into_iter().map(Job::taken).collect(),
             Poll::Wait(_) | Poll::Idle => Vec::new(),
         }
+    }
+
+    /// A batch of as many rows as pay, and of no sequences that would make the others long.
+    fn poll(&self, state: &mut State, room: Room, now: Instant) -> Poll<Key, Priority, Job> {
+        let sealing = state.seal(self.group, self.shared.engines[self.group].cores, room);
+        let State { batcher, limits, .. } = state;
+        let limits = &limits[self.group];
+        let mut longest = batcher.head().and_then(|(head, _)| head.item.extent);
+        batcher.poll(now, sealing.rows, |rows, entry| {
+            let fits = sealing.trial || limits.fits(rows, longest, entry.rows, entry.item.extent);
+            longest = longest.max(entry.item.extent.filter(|_| fits));
+            fits
+        })
     }
 
     /// Answers every job, or puts it back where another group may have an instance and this one has none. A failed group of several is halved until the requests at fault stand alone, larger groups
@@ -390,6 +440,10 @@ impl Worker {
         let result = self.shared.run_engine(&mut self.instance, &inputs);
         let ran = Instant::now();
         self.shared.quickness.learn(jobs[0].bytes(), ran - assembled);
+        let extent = jobs.iter().filter_map(|job| job.extent).max();
+        // Parts of a batch that failed, and what fails, are no measure.
+        let whole = requests == self.running && result.is_ok() && std::mem::replace(&mut self.warm, true);
+        self.learned = whole.then_some(Learned { rows, extent, compute: ran - assembled });
         let ragged = self.shared.config.ragged.clone();
         let parts = result.map(|outputs| (split(&outputs, &jobs, ragged.as_deref()), outputs));
         let split = ran.elapsed();

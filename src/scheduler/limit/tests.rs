@@ -15,8 +15,8 @@ fn limits(samples: &[(usize, f64)]) -> Limits {
     Limits::new(32, true, &samples.iter().map(sample).collect::<Vec<_>>())
 }
 
-fn alone(rows: usize) -> Waiting {
-    Waiting { length: None, rows, share: rows, contended: false }
+fn alone(rows: usize) -> Queued {
+    Queued { length: None, rows, share: rows, contended: false }
 }
 
 #[test]
@@ -47,15 +47,15 @@ fn sizes_that_nobody_knows_are_entered_a_doubling_at_a_time() {
 #[test]
 fn idle_cores_get_their_share_and_small_runs_are_not_worth_waking_them() {
     let mut slow = limits(&[(1, 4.1), (8, 5.0), (32, 8.0)]);
-    assert_eq!(slow.seal(&Waiting { share: 4, ..alone(8) }).rows, 4);
+    assert_eq!(slow.seal(&Queued { share: 4, ..alone(8) }).rows, 4);
     let mut fast = limits(&[(1, 0.003), (8, 0.004), (32, 0.006)]);
-    assert_eq!(fast.seal(&Waiting { share: 4, ..alone(8) }).rows, 8);
+    assert_eq!(fast.seal(&Queued { share: 4, ..alone(8) }).rows, 8);
 }
 
 #[test]
 fn long_runs_are_cut_while_others_wait() {
     let curve = [(1, 2.0), (2, 3.7), (4, 7.2), (8, 14.0), (16, 27.0), (32, 53.0)];
-    let contended = Waiting { contended: true, ..alone(32) };
+    let contended = Queued { contended: true, ..alone(32) };
     assert_eq!(limits(&curve).seal(&alone(32)).rows, 16);
     assert_eq!(limits(&curve).seal(&contended).rows, 4);
     assert_eq!(limits(&curve.map(|(rows, ms)| (rows, ms / 20.0))).seal(&contended).rows, 32);
@@ -159,7 +159,7 @@ impl Server {
 
     fn push(&mut self, length: usize, time: f64) {
         let arrived = self.start + Duration::from_secs_f64(time);
-        let full = match &self.policy {
+        let full = match &mut self.policy {
             Policy::Static(rows) => *rows,
             Policy::Tuned(limits) => limits.in_force(Some(length)),
         };
@@ -176,7 +176,7 @@ impl Server {
             let now = self.start + Duration::from_secs_f64(time);
             let most = match &mut self.policy {
                 Policy::Static(most) => Sealing { rows: *most, trial: true },
-                Policy::Tuned(limits) => limits.seal(&Waiting { length, rows, share, contended: false }),
+                Policy::Tuned(limits) => limits.seal(&Queued { length, rows, share, contended: false }),
             };
             let mut longest = head_length(&self.batcher);
             let policy = &self.policy;
