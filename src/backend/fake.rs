@@ -190,6 +190,14 @@ impl Backend for Fake {
         fake.kinds = artifact.description.output_kinds().into();
         Ok(Arc::new(fake))
     }
+
+    fn instances_share_weights(&self, _: &Artifact, _: &LoadOptions) -> bool {
+        true
+    }
+
+    fn spreads_runs(&self) -> bool {
+        true
+    }
 }
 
 impl Model for Fake {
@@ -204,10 +212,6 @@ impl Model for Fake {
     fn instance(&self) -> Result<Box<dyn Instance>, LoadError> {
         let number = self.state.instances.fetch_add(1, Ordering::SeqCst);
         Ok(Box::new(FakeInstance { fake: self.clone(), number }))
-    }
-
-    fn instances_share_weights(&self) -> bool {
-        true
     }
 
     fn warnings(&self) -> &[String] {

@@ -34,6 +34,8 @@ pub use text::first_line;
 pub struct Artifact {
     /// The ONNX file, beside which external data lies; the folder of a safetensors model.
     pub path: PathBuf,
+    /// Of all its files.
+    pub bytes: u64,
     pub description: Arc<Description>,
 }
 
@@ -133,6 +135,12 @@ pub trait Backend: Send + Sync {
 
     /// Reads, checks and optimises a model. Slow.
     fn load(&self, artifact: &Artifact, options: &LoadOptions) -> Result<Arc<dyn Model>, LoadError>;
+
+    /// Whether the instances of a model that is loaded so have its weights in memory once.
+    fn instances_share_weights(&self, artifact: &Artifact, options: &LoadOptions) -> bool;
+
+    /// Whether a run uses the threads that a model was loaded for.
+    fn spreads_runs(&self) -> bool;
 }
 
 /// One version loaded for one device: immutable, shared by its instances.
@@ -145,9 +153,6 @@ pub trait Model: Send + Sync {
 
     /// A new instance with the threads it was loaded for. May be slow.
     fn instance(&self) -> Result<Box<dyn Instance>, LoadError>;
-
-    /// Whether another instance costs little memory.
-    fn instances_share_weights(&self) -> bool;
 
     /// What a person should know about this load: outputs left out, a fallback taken.
     fn warnings(&self) -> &[String];

@@ -235,13 +235,12 @@ impl Loader {
             Format::Onnx => staged.cached.model.clone(),
             Format::Safetensors => staged.cached.folder.clone(),
         };
-        let artifact = Artifact { path, description: Arc::clone(&staged.description) };
+        let artifact = Artifact { path, bytes: staged.cached.bytes, description: Arc::clone(&staged.description) };
         let site = Site {
             backend: &*backend,
             artifact: &artifact,
             cores: self.cores,
             gpus: self.engines.gpus,
-            weights_bytes: staged.cached.bytes,
             threads: config.threads,
         };
         let Placement { mut devices, reason: device_reason, warnings: fallen_back } =

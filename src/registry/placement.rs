@@ -85,7 +85,6 @@ pub struct Site<'a> {
     pub cores: usize,
     /// How many GPUs there are, or why that is not known.
     pub gpus: fn() -> Result<u32, String>,
-    pub weights_bytes: u64,
     /// Intra-op threads of one instance, as configured.
     pub threads: Option<usize>,
 }
@@ -165,17 +164,18 @@ impl Site<'_> {
     }
 
     fn on_cpu(&self, instances: Option<usize>) -> Result<Placed, LoadError> {
-        let mut wish = Wish {
+        let loaded_with = |threads| LoadOptions { device: Device::Cpu, threads };
+        // Where nothing is said of threads, one each is what is planned unless copies of the weights are in the way.
+        let share = self.backend.instances_share_weights(self.artifact, &loaded_with(self.threads.unwrap_or(1)));
+        let wish = Wish {
             instances,
             threads: self.threads,
-            weights_bytes: self.weights_bytes,
-            instances_share_weights: false,
+            weights_bytes: self.artifact.bytes,
+            instances_share_weights: share,
         };
-        let threads = ThreadPlan::new(self.cores, &wish).threads;
-        let model = self.backend.load(self.artifact, &LoadOptions { device: Device::Cpu, threads })?;
-        // Only a loaded model says whether its instances share; those that do have no threads of their own to plan for.
-        wish.instances_share_weights = model.instances_share_weights();
-        Ok(Placed { model, device: Device::Cpu, plan: ThreadPlan::new(self.cores, &wish) })
+        let plan = ThreadPlan::new(self.cores, &wish);
+        let model = self.backend.load(self.artifact, &loaded_with(plan.threads))?;
+        Ok(Placed { model, device: Device::Cpu, plan })
     }
 }
 
@@ -247,8 +247,8 @@ mod tests {
     /// What is placed with so many GPUs that the fake engine can use, and those that the driver shows.
     fn place(fake: &Fake, gpus: fn() -> Result<u32, String>, groups: &[InstanceGroup]) -> Result<Placement, LoadError> {
         let description = Arc::new(Description::Onnx(Default::default()));
-        let artifact = Artifact { path: "m".into(), description };
-        let site = Site { backend: fake, artifact: &artifact, cores: 4, gpus, weights_bytes: 1, threads: None };
+        let artifact = Artifact { path: "m".into(), bytes: 1, description };
+        let site = Site { backend: fake, artifact: &artifact, cores: 4, gpus, threads: None };
         site.place(groups, "model.toml")
     }
 

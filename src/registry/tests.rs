@@ -451,6 +451,14 @@ impl Backend for OneLife {
     fn load(&self, artifact: &Artifact, options: &LoadOptions) -> Result<Arc<dyn Model>, LoadError> {
         Ok(Arc::new(OneLifeModel(self.0.load(artifact, options)?, AtomicBool::new(false))))
     }
+
+    fn instances_share_weights(&self, _: &Artifact, _: &LoadOptions) -> bool {
+        true
+    }
+
+    fn spreads_runs(&self) -> bool {
+        true
+    }
 }
 
 impl Model for OneLifeModel {
@@ -465,10 +473,6 @@ impl Model for OneLifeModel {
     fn instance(&self) -> Result<Box<dyn Instance>, LoadError> {
         assert!(!self.1.swap(true, Ordering::Relaxed), "on purpose");
         self.0.instance()
-    }
-
-    fn instances_share_weights(&self) -> bool {
-        true
     }
 
     fn warnings(&self) -> &[String] {

@@ -159,10 +159,6 @@ impl Model for View {
         Ok(Box::new(ViewInstance { instance, layout: Arc::clone(&self.layout) }))
     }
 
-    fn instances_share_weights(&self) -> bool {
-        self.model.instances_share_weights()
-    }
-
     fn warnings(&self) -> &[String] {
         self.model.warnings()
     }

@@ -130,9 +130,6 @@ impl Model for ScriptedModel {
         self.script.made.fetch_add(1, Ordering::SeqCst);
         Ok(Box::new(ScriptedInstance(Arc::clone(&self.script))))
     }
-    fn instances_share_weights(&self) -> bool {
-        true
-    }
     fn warnings(&self) -> &[String] {
         &[]
     }

@@ -103,6 +103,14 @@ impl Backend for Candle {
         };
         Ok(Arc::new(model))
     }
+
+    fn instances_share_weights(&self, _: &Artifact, _: &LoadOptions) -> bool {
+        true
+    }
+
+    fn spreads_runs(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(feature = "cuda")]
@@ -186,10 +194,6 @@ impl Model for CandleModel {
     fn instance(&self) -> Result<Box<dyn Instance>, LoadError> {
         let (shared, pools) = (Arc::clone(&self.shared), self.pools.clone());
         Ok(Box::new(CandleInstance { shared, pools, threads: self.threads }))
-    }
-
-    fn instances_share_weights(&self) -> bool {
-        true
     }
 
     fn warnings(&self) -> &[String] {

@@ -6,13 +6,15 @@
 //! callers pass what they found there.
 //!
 //! Invariants: the library is loaded once and stays until the process ends (nothing tears the environment down, so
-//! nothing can crash there); a session belongs to one instance, hence to one thread at a time.
+//! nothing can crash there). On the CPU instances of one thread run one session together where the weights are large, so
+//! that they are in memory once; any other session belongs to one instance, hence to one thread at a time.
 //!
 //! Threads: `open`, `load` and `instance` are slow and belong on a loader thread. A session has the intra-op threads it
 //! was loaded for, none for 1, and they sleep rather than spin between runs.
 
 mod library;
 mod session;
+mod shared;
 mod values;
 
 use std::fmt;
@@ -62,6 +64,14 @@ impl Backend for OnnxRuntime {
         // The crate panics on types of inputs and outputs it does not know.
         let model = catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(|_| Err(refused("it broke on this model")))?;
         Ok(Arc::new(model))
+    }
+
+    fn instances_share_weights(&self, artifact: &Artifact, options: &LoadOptions) -> bool {
+        session::instances_share(artifact, options)
+    }
+
+    fn spreads_runs(&self) -> bool {
+        true
     }
 }
 

@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ort::ErrorCode;
 use ort::environment::Environment;
-use ort::logging::LogLevel;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::session::{HasSelectedOutputs, OutputSelector, RunOptions, Session, SessionInputValue};
+use ort::session::{Session, SessionInputValue};
 use ort::value::{Outlet, ValueType};
 
+use super::shared::{Runner, Shared};
 use super::values::{Aligned, borrowed_value, bytes_of, datatype, failed, run_error, string_value, tensor_of};
 use super::{NAME, clean, refused};
 use crate::backend::onnx::Description;
@@ -93,8 +93,26 @@ pub(super) struct OnnxRuntimeModel {
     environment: Environment,
     artifact: Artifact,
     options: LoadOptions,
-    /// The session that proved the model loads: the first instance's.
-    first: Mutex<Option<Session>>,
+    sessions: Sessions,
+}
+
+/// How the instances come by their sessions.
+enum Sessions {
+    /// All run the same one, each on its own thread.
+    One(Arc<Shared>),
+    /// Each has its own: it is small; or it has threads, which would be shared, too; or it computes on a GPU, where the
+    /// engine's promise to run a session on several threads is not believed. Holds the session that proved the model
+    /// loads: the first instance's.
+    Each(Mutex<Option<Shared>>),
+}
+
+/// Models from this size on have one session for all instances. The runs of one session meet at its allocator's lock and
+/// its counters, which costs what is fast anyhow up to 40 % of its throughput, and larger models nothing.
+const SHARED_FROM_BYTES: u64 = 4 << 20;
+
+/// Whether instances loaded so run one session.
+pub(super) fn instances_share(artifact: &Artifact, options: &LoadOptions) -> bool {
+    options.device == Device::Cpu && options.threads == 1 && artifact.bytes >= SHARED_FROM_BYTES
 }
 
 impl OnnxRuntimeModel {
@@ -107,13 +125,18 @@ impl OnnxRuntimeModel {
         let description = artifact.onnx(NAME)?;
         let session = session(environment, artifact, options)?;
         let signature = reconciled(description, &session).map_err(refused)?;
+        let session = Shared::new(session, &signature).map_err(|error| refused(clean(error.message())))?;
+        let sessions = match instances_share(artifact, options) {
+            true => Sessions::One(Arc::new(session)),
+            false => Sessions::Each(Mutex::new(Some(session))),
+        };
         Ok(OnnxRuntimeModel {
             signature: Arc::new(signature),
             warnings: description.omitted_outputs.iter().map(|name| omitted(name)).collect(),
             environment: environment.clone(),
             artifact: artifact.clone(),
             options: options.clone(),
-            first: Mutex::new(Some(session)),
+            sessions,
         })
     }
 }
@@ -128,18 +151,22 @@ impl Model for OnnxRuntimeModel {
     }
 
     fn instance(&self) -> Result<Box<dyn Instance>, LoadError> {
-        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let session = match first {
-            Some(session) => session,
-            None => session(&self.environment, &self.artifact, &self.options)?,
+        let unusable = |error: ort::Error| refused(clean(error.message()));
+        let session = match &self.sessions {
+            Sessions::One(session) => Arc::clone(session),
+            Sessions::Each(first) => {
+                let first = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+                Arc::new(match first {
+                    Some(session) => session,
+                    None => {
+                        let session = session(&self.environment, &self.artifact, &self.options)?;
+                        Shared::new(session, &self.signature).map_err(unusable)?
+                    }
+                })
+            }
         };
-        let instance = OnnxRuntimeInstance::new(session, self.signature.clone())
-            .map_err(|error| refused(clean(error.message())))?;
+        let instance = OnnxRuntimeInstance::new(session, Arc::clone(&self.signature)).map_err(unusable)?;
         Ok(Box::new(instance))
-    }
-
-    fn instances_share_weights(&self) -> bool {
-        false
     }
 
     fn warnings(&self) -> &[String] {
@@ -207,23 +234,16 @@ fn inferred_dims(outlet: &Outlet) -> Option<Vec<Dim>> {
 }
 
 pub(super) struct OnnxRuntimeInstance {
-    session: Session,
-    /// Asks for the signature's outputs, in its order: what is not a tensor is never fetched.
-    options: RunOptions<HasSelectedOutputs>,
+    runner: Runner,
     signature: Arc<Signature>,
     /// One gather buffer per input, reused.
     pub(super) scratch: Vec<Vec<Aligned>>,
 }
 
 impl OnnxRuntimeInstance {
-    pub(super) fn new(session: Session, signature: Arc<Signature>) -> ort::Result<OnnxRuntimeInstance> {
-        let mut options = RunOptions::new()?;
-        // A failed run is an error its caller gets; a client must not be able to fill the log.
-        options.set_log_level(LogLevel::Fatal)?;
-        let outputs =
-            signature.outputs.iter().fold(OutputSelector::no_default(), |all, spec| all.with(spec.name.to_string()));
+    pub(super) fn new(session: Arc<Shared>, signature: Arc<Signature>) -> ort::Result<OnnxRuntimeInstance> {
         let scratch = vec![Vec::new(); signature.inputs.len()];
-        Ok(OnnxRuntimeInstance { session, options: options.with_outputs(outputs), signature, scratch })
+        Ok(OnnxRuntimeInstance { runner: Runner::new(session)?, signature, scratch })
     }
 }
 
@@ -241,12 +261,9 @@ impl Instance for OnnxRuntimeInstance {
             };
             values.push(value.map_err(|error| run_error(&error))?);
         }
-        // Named as the session orders its inputs, which is the signature's order.
-        let mut outputs =
-            self.session.run_with_options(&values[..], &self.options).map_err(|error| run_error(&error))?;
-        let tensors = self.signature.outputs.iter().map(|spec| {
-            let value = outputs.remove(&*spec.name).ok_or_else(|| failed(spec, "was not returned"))?;
-            tensor_of(value, spec, &lent)
+        let outputs = self.runner.run(&values).map_err(|error| run_error(&error))?;
+        let tensors = outputs.into_iter().zip(&self.signature.outputs).map(|(value, spec)| {
+            tensor_of(value.ok_or_else(|| failed(spec, "was not returned"))?, spec, &lent)
         });
         let tensors = tensors.collect();
         drop(values);

@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use super::library::{check_file, check_library, check_version};
 use super::session::{OnnxRuntimeInstance, SCRATCH_KEPT_BYTES, session};
+use super::shared::Shared;
 use super::values::{Aligned, bytes_of};
 use super::*;
 use crate::backend::onnx::{Description, build};
@@ -38,7 +39,7 @@ fn artifact(path: PathBuf, inputs: Vec<TensorSpec>, outputs: Vec<TensorSpec>) ->
         signature: Signature { inputs, outputs },
         ..Description::default()
     };
-    Artifact { path, description: Arc::new(crate::backend::Description::Onnx(description)) }
+    Artifact { path, bytes: 1, description: Arc::new(crate::backend::Description::Onnx(description)) }
 }
 
 /// A trap model as the registry would describe it.
@@ -46,7 +47,7 @@ fn trap(name: &str) -> Artifact {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/traps").join(name).join("1/model.onnx");
     let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let description = Description::read(bytes.into()).unwrap();
-    Artifact { path, description: Arc::new(crate::backend::Description::Onnx(description)) }
+    Artifact { path, bytes: 1, description: Arc::new(crate::backend::Description::Onnx(description)) }
 }
 
 fn identity(dtype: DataType) -> Artifact {
@@ -54,6 +55,9 @@ fn identity(dtype: DataType) -> Artifact {
 }
 
 const ONE_THREAD: LoadOptions = LoadOptions { device: Device::Cpu, threads: 1 };
+
+/// As if its weights were worth sharing.
+const LARGE: u64 = 1 << 30;
 
 fn instance(runtime: &OnnxRuntime, artifact: &Artifact) -> Box<dyn Instance> {
     runtime.load(artifact, &ONE_THREAD).unwrap().instance().unwrap()
@@ -166,12 +170,50 @@ fn the_last_bits_of_a_sum_do_not_follow_from_the_address() {
 #[test]
 fn two_instances_of_a_model_agree() {
     let Some(runtime) = library() else { return };
-    let model = runtime.load(&identity(DataType::Fp32), &LoadOptions { threads: 2, ..ONE_THREAD }).unwrap();
-    let sent = [misaligned(DataType::Fp32, 4, 9)];
-    for _ in 0..2 {
-        assert_eq!(run(&mut model.instance().unwrap(), &[&sent]).unwrap(), sent);
+    for (bytes, threads, share) in [(LARGE, 1, true), (LARGE, 2, false), (1, 1, false)] {
+        let (artifact, options) =
+            (Artifact { bytes, ..identity(DataType::Fp32) }, LoadOptions { threads, ..ONE_THREAD });
+        let model = runtime.load(&artifact, &options).unwrap();
+        let sent = [misaligned(DataType::Fp32, 4, 9)];
+        for _ in 0..2 {
+            assert_eq!(run(&mut model.instance().unwrap(), &[&sent]).unwrap(), sent);
+        }
+        assert_eq!((runtime.instances_share_weights(&artifact, &options), model.warnings().is_empty()), (share, true));
     }
-    assert!(!model.instances_share_weights() && model.warnings().is_empty());
+    let (large, on_gpu) = (Artifact { bytes: LARGE, ..identity(DataType::Fp32) }, Device::Cuda(0));
+    let on_gpu = LoadOptions { device: on_gpu, ..ONE_THREAD };
+    assert!(!runtime.instances_share_weights(&large, &on_gpu), "the engine's promise is believed of the CPU only");
+}
+
+/// Instances of one session, each on its own thread, with runs of all sizes at once: every answer is that of the run alone,
+/// what one fails of is its own, and outputs outlive the session.
+#[test]
+fn threads_run_one_session_together() {
+    const THREADS: usize = 4;
+    const RUNS: usize = 300;
+    let Some(runtime) = library() else { return };
+    for dtype in [DataType::Fp32, DataType::Bytes, DataType::Int64] {
+        let model = runtime.load(&Artifact { bytes: LARGE, ..identity(dtype) }, &ONE_THREAD).unwrap();
+        let kept: Vec<(Tensor, Tensor)> = std::thread::scope(|scope| {
+            let run_all = |thread: usize| {
+                let mut instance = model.instance().unwrap();
+                let wrong = [Tensor::from_vec(shape(&[1, 3]), vec![0u8; 3]).unwrap()];
+                let mut answers = Vec::new();
+                for at in 0..RUNS {
+                    let sent = misaligned(dtype, 1 + (at * (thread + 1)) % 67, at as u8);
+                    let answer = run(&mut instance, &[std::slice::from_ref(&sent)]).unwrap().remove(0);
+                    assert_eq!(answer, sent, "{dtype}");
+                    assert!(run(&mut instance, &[&wrong]).is_err());
+                    answers.push((sent, answer));
+                }
+                answers
+            };
+            let threads: Vec<_> = (0..THREADS).map(|thread| scope.spawn(move || run_all(thread))).collect();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+        });
+        drop(model);
+        assert!(kept.iter().all(|(sent, answer)| sent == answer), "{dtype}");
+    }
 }
 
 #[test]
@@ -316,6 +358,7 @@ fn a_big_batch_does_not_hold_its_scratch_memory() {
     let artifact = trap("sentinel");
     let session = session(&runtime.environment, &artifact, &ONE_THREAD).unwrap();
     let signature = Arc::new(artifact.description.signature().clone());
+    let session = Arc::new(Shared::new(session, &signature).unwrap());
     let mut instance = OnnxRuntimeInstance::new(session, signature).unwrap();
     instance.run(&Batch::new(&jobs)).unwrap();
     assert_eq!(instance.scratch[0].capacity(), 0);

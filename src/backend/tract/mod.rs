@@ -69,6 +69,14 @@ impl Backend for Tract {
             warnings,
         }))
     }
+
+    fn instances_share_weights(&self, _: &Artifact, _: &LoadOptions) -> bool {
+        true
+    }
+
+    fn spreads_runs(&self) -> bool {
+        false
+    }
 }
 
 fn refusal(message: String) -> LoadError {
@@ -104,10 +112,6 @@ impl Model for TractModel {
 
     fn instance(&self) -> Result<Box<dyn Instance>, LoadError> {
         Ok(Box::new(TractInstance { outputs: self.signature.outputs.clone(), shared: self.shared.clone() }))
-    }
-
-    fn instances_share_weights(&self) -> bool {
-        true
     }
 
     fn warnings(&self) -> &[String] {
