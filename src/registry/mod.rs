@@ -6,8 +6,8 @@
 //! Invariants: the table has one writer and is replaced whole; a request sees one table. A version is published when
 //! it is warm, and closed only after it was unpublished and its last request has gone. A version fails alone.
 //!
-//! Threads: `loader` looks at the folder, loads and publishes; `retire` drains, joins and drops. Neither is needed to
-//! answer a request.
+//! Threads: `loader` looks at the folder and publishes; `load`, one for each model that is being loaded, ends with that;
+//! `retire` drains, joins and drops. None is needed to answer a request.
 
 mod cache;
 mod control;
@@ -187,7 +187,7 @@ impl Registry {
         let mut writer = Writer {
             folder,
             watch: Watch::new(scan),
-            loader: Loader { cache: Arc::clone(&cache), engines, cores, gate },
+            loader: Arc::new(Loader { cache: Arc::clone(&cache), engines, cores, gate }),
             monitor,
             shared: Arc::clone(&shared),
             retire,

@@ -189,6 +189,24 @@ fn a_stop_tells_that_a_load_is_still_inside_an_engine() {
 }
 
 #[test]
+fn models_are_loaded_side_by_side_and_versions_of_one_in_order() {
+    let gate = fake::Gate::new();
+    let setup = Setup::new(echo().gated(&gate));
+    for model in ["a/1", "a/2", "b/1", "c/1"] {
+        setup.copy(SENTINEL, &format!("{model}/model.onnx"));
+    }
+    let monitor = Arc::clone(&setup.monitor);
+    let registry = Registry::start_with(setup.config(), setup.engines(), 2, Gate::new(2), monitor).unwrap();
+    // Each of them waits in its first run.
+    gate.wait_for(2);
+    assert_eq!(index(&registry), ["a/1 Discovered", "a/2 Warming", "b/1 Warming", "c/1 Discovered"]);
+    gate.open();
+    registry.wait_loaded();
+    assert_eq!(index(&registry), ["a/1 Ready", "a/2 Ready", "b/1 Ready", "c/1 Ready"]);
+    stop(&registry);
+}
+
+#[test]
 fn versions_load_and_a_bad_one_fails_alone() {
     let setup = Setup::new(echo());
     setup.copy(SENTINEL, "m/1/model.onnx").copy(SENTINEL, "m/3/model.onnx");

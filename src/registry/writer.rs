@@ -1,17 +1,20 @@
-//! The one writer of the table: a thread that looks at the folder, loads what is new, and publishes what changed.
+//! The one writer of the table: a thread that looks at the folder, has loaded what is new, and publishes what changed.
 //!
-//! Everything slow happens between two tables, never while one is replaced. A version fails alone; a replacement that
+//! Several models are loaded at a time, each on a thread of its own for as long as that takes; one model's versions come one
+//! after the other. What those threads make is published here. Everything slow happens between two tables, never while one
+//! is replaced. A version fails alone; a replacement that
 //! fails leaves the old version serving. Where models are served as they are asked for, requests change the set of those
 //! that are wanted, and nothing else differs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::control::{self, Change, Request};
-use super::loader::{CompareGoldens, Failure, Loader, Settings};
+use super::loader::{CompareGoldens, Failure, Loaded, Loader, Settings};
 use super::model_config::VersionPolicy;
 use super::plan::{self, Candidate, Step};
 use super::retire::Retiring;
@@ -23,6 +26,10 @@ use super::{Shared, pbtxt};
 use crate::error::{Error, Result};
 use crate::monitor::{Monitor, events};
 use crate::request::VersionId;
+
+/// Models that are loaded at a time, at most; no more than there are cores. Each may hold a model in memory twice for a
+/// while: what its file holds, and what the engine makes of it.
+const MAX_LOADS_AT_ONCE: usize = 4;
 
 /// Why a version is not served that left on request: Triton's word.
 const UNLOADED: &str = "unloaded";
@@ -42,7 +49,7 @@ pub enum Command {
 pub struct Writer {
     pub folder: Folder,
     pub watch: Watch,
-    pub loader: Loader,
+    pub loader: Arc<Loader>,
     pub monitor: Arc<Monitor>,
     pub shared: Arc<Shared>,
     pub retire: Sender<Retiring>,
@@ -87,6 +94,25 @@ struct Retry {
     at: Instant,
     /// Its time has come; decided once per look, so that a slow failure cannot keep the writer from looking.
     due: bool,
+}
+
+/// A version to load, with what serves in its place.
+struct Order {
+    key: Key,
+    found: Discovered,
+    /// How often these files failed in a row for a reason that may pass.
+    failures: u32,
+    serving: Option<(Arc<str>, Settings)>,
+    begun: Instant,
+}
+
+/// `None`: what serves is the same already.
+type Outcome = Result<Option<(Loaded, Settings)>, Failure>;
+
+/// What a thread that loads has to say.
+enum Progress {
+    Warming(Key),
+    Ended(Box<Order>, Box<Outcome>),
 }
 
 impl Slot {
@@ -210,7 +236,7 @@ impl Writer {
     fn bring_up(&mut self, model: &Arc<str>) -> Result<()> {
         self.admit(model);
         self.publish();
-        if !self.load_wanted(model) {
+        if !self.load_wanted(&BTreeSet::from([Arc::clone(model)]), |_, _| {}) {
             return Err(control::stopping());
         }
         let outcome = self.outcome(model);
@@ -300,28 +326,84 @@ impl Writer {
             }
         }
         self.publish();
-        for model in &models {
-            if !self.load_wanted(model) {
-                return;
+        let all = self.load_wanted(&models, |writer, model| {
+            if let Step::Retire(ids) = writer.next(model) {
+                writer.retire(model, &ids);
             }
-            if let Step::Retire(ids) = self.next(model) {
-                self.retire(model, &ids);
-            }
-        }
-        self.publish();
-    }
-
-    /// False: the registry stops.
-    fn load_wanted(&mut self, model: &Arc<str>) -> bool {
-        while let Step::Load(id) = self.next(model) {
-            if self.shared.stopping() {
-                return false;
-            }
-            self.load(&Key { model: Arc::clone(model), version: id });
-            self.admit(model);
+        });
+        if all {
             self.publish();
         }
-        true
+    }
+
+    /// Loads the versions to serve of all these models; `then` is told when a model has what it can. False: the registry
+    /// stops.
+    fn load_wanted(&mut self, models: &BTreeSet<Arc<str>>, mut then: impl FnMut(&mut Writer, &Arc<str>)) -> bool {
+        let loader = Arc::clone(&self.loader);
+        let most = loader.cores.clamp(1, MAX_LOADS_AT_ONCE);
+        // The last comes first.
+        let mut waiting: Vec<Arc<str>> = models.iter().rev().cloned().collect();
+        let mut loading = 0;
+        let (say, heard) = mpsc::channel();
+        thread::scope(|scope| {
+            loop {
+                while loading < most
+                    && !self.shared.stopping()
+                    && let Some(model) = waiting.pop()
+                {
+                    let Some(order) = self.order(&model) else {
+                        then(self, &model);
+                        continue;
+                    };
+                    loading += 1;
+                    let (loader, told) = (&*loader, say.clone());
+                    let (hand, handed) = mpsc::sync_channel(1);
+                    let run = move || handed.recv().map_or((), |order| carry_out(loader, order, &told));
+                    match thread::Builder::new().name("load".into()).spawn_scoped(scope, run) {
+                        // There is room for it.
+                        Ok(_) => drop(hand.send(order)),
+                        Err(error) => {
+                            tracing::warn!("no thread to load a model, others wait for it: {error}");
+                            carry_out(loader, order, &say);
+                        }
+                    }
+                }
+                if loading == 0 {
+                    return !self.shared.stopping();
+                }
+                match heard.recv() {
+                    Ok(Progress::Warming(key)) => self.warming(&key),
+                    Ok(Progress::Ended(order, outcome)) => {
+                        loading -= 1;
+                        let model = Arc::clone(&order.key.model);
+                        self.settle(*order, *outcome);
+                        self.admit(&model);
+                        self.publish();
+                        waiting.push(model);
+                    }
+                    // There is a sender here.
+                    Err(mpsc::RecvError) => return false,
+                }
+            }
+        })
+    }
+
+    /// What to load next of a model, marked as begun.
+    fn order(&mut self, model: &Arc<str>) -> Option<Order> {
+        let Step::Load(version) = self.next(model) else { return None };
+        let key = Key { model: Arc::clone(model), version };
+        let found = self.watch.settled().get(&key).cloned()?;
+        let failures = self.begin(&key, &found.fingerprint)?;
+        let serving = self.slots.get(&key).and_then(|slot| slot.serving.as_ref());
+        let serving = serving.map(|(version, settings)| (Arc::clone(version.digest()), settings.clone()));
+        Some(Order { key, found, failures, serving, begun: Instant::now() })
+    }
+
+    fn warming(&mut self, key: &Key) {
+        if let Some(slot) = self.slots.get_mut(key).filter(|slot| slot.serving.is_none()) {
+            slot.state = State::Warming;
+            self.publish();
+        }
     }
 
     /// Slots for the versions wanted; see [`plan::has_slot`] for those that go. Leaves the candidates as they are.
@@ -373,17 +455,20 @@ impl Writer {
         candidates
     }
 
-    fn load(&mut self, key: &Key) {
-        let Some(found) = self.watch.settled().get(key).cloned() else { return };
-        let begun = Instant::now();
-        let Some(failures) = self.begin(key, &found.fingerprint) else { return };
-        let outcome = survived(|| self.try_load(key, &found)).unwrap_or(Err(Failure::Panicked));
+    /// Publishes what was loaded, or notes why not.
+    fn settle(&mut self, order: Order, outcome: Outcome) {
+        let Order { key, failures, begun, .. } = order;
+        let loader = Arc::clone(&self.loader);
+        let serve = |(loaded, settings)| {
+            let version = survived(|| loader.serve(loaded, &self.monitor)).ok_or(Failure::Panicked)?;
+            Ok((Arc::new(version), settings))
+        };
+        let outcome = outcome.and_then(|loaded| loaded.map(serve).transpose());
         // It was there when the load began, and only this thread removes slots, between loads.
-        let Some(slot) = self.slots.get_mut(key) else { return };
+        let Some(slot) = self.slots.get_mut(&key) else { return };
         match outcome {
             Ok(None) => slot.reason.clear(),
             Ok(Some((version, settings))) => {
-                let version = Arc::new(version);
                 if slot.serving.is_none() {
                     slot.state = State::Ready;
                 }
@@ -425,28 +510,6 @@ impl Writer {
         }
         self.publish();
         Some(retry.map_or(0, |retry| retry.failures))
-    }
-
-    /// The new version, or `None` where the one that serves is the same already.
-    fn try_load(&mut self, key: &Key, found: &Discovered) -> Result<Option<(Version, Settings)>, Failure> {
-        let staged = self.loader.stage(found)?;
-        let serving = self.slots.get(key).and_then(|slot| slot.serving.as_ref());
-        let same = |(version, settings): &(Arc<Version>, Settings)| {
-            *version.digest() == staged.cached.digest && *settings == staged.settings
-        };
-        if serving.is_some_and(same) {
-            self.loader.discard_staged(staged);
-            return Ok(None);
-        }
-        let settings = staged.settings.clone();
-        let (slots, shared, beside) = (&mut self.slots, &self.shared, &self.beside);
-        let loaded = self.loader.load(found, staged, CompareGoldens::IfConfigured, || {
-            if let Some(slot) = slots.get_mut(key).filter(|slot| slot.serving.is_none()) {
-                slot.state = State::Warming;
-                shared.publish(table(slots, beside));
-            }
-        })?;
-        Ok(Some((self.loader.serve(loaded, &self.monitor), settings)))
     }
 
     fn announce(&self, version: &Version) {
@@ -515,6 +578,28 @@ impl Writer {
     fn publish(&self) {
         self.shared.publish(table(&self.slots, &self.beside));
     }
+}
+
+/// On a thread of its own.
+fn carry_out(loader: &Loader, order: Order, say: &Sender<Progress>) {
+    // The writer hears all of it: it waits for the last.
+    let warming = || drop(say.send(Progress::Warming(order.key.clone())));
+    let outcome = survived(|| load(loader, &order, warming)).unwrap_or(Err(Failure::Panicked));
+    let _ = say.send(Progress::Ended(Box::new(order), Box::new(outcome)));
+}
+
+fn load(loader: &Loader, order: &Order, warming: impl FnOnce()) -> Outcome {
+    let staged = loader.stage(&order.found)?;
+    let same = |(digest, settings): &(Arc<str>, Settings)| {
+        *digest == staged.cached.digest && *settings == staged.settings
+    };
+    if order.serving.as_ref().is_some_and(same) {
+        loader.discard_staged(staged);
+        return Ok(None);
+    }
+    let settings = staged.settings.clone();
+    let loaded = loader.load(&order.found, staged, CompareGoldens::IfConfigured, warming)?;
+    Ok(Some((loaded, settings)))
 }
 
 /// The next command, unless the next look is due: then what waits comes after it, or many commands would put it off for ever.
