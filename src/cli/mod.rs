@@ -1,5 +1,8 @@
 //! The command line: one file per subcommand. The only module that prints, and the only one that uses `anyhow`.
 
+mod bench;
+mod client;
+mod columns;
 mod infer;
 mod inspect;
 mod logging;
@@ -8,10 +11,11 @@ mod summary;
 mod surroundings;
 mod validate;
 
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 use crate::config;
@@ -39,6 +43,9 @@ enum Command {
     /// Send one request to a running server and show the answer
     #[command(after_help = infer::AFTER_HELP)]
     Infer(infer::Arguments),
+    /// Measure how fast a running server answers
+    #[command(after_help = bench::AFTER_HELP)]
+    Bench(Box<bench::Arguments>),
     /// Show what a model takes and gives, which engine runs it, and whether it batches and why
     Inspect(inspect::Arguments),
     /// Load every version of a registry, warm it, and compare its answers with its golden files
@@ -52,6 +59,7 @@ pub fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Infer(arguments) => infer::run(arguments),
+        Command::Bench(arguments) => bench::run(*arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Validate(arguments) => validate::run(arguments),
     };
@@ -75,8 +83,17 @@ fn restrain_libraries() {
     }
 }
 
+/// A reader that has seen enough (`| head`) is no failure.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("cannot write to standard output"),
+        _ => Ok(()),
+    }
+}
+
 /// Flags that choose the engine, shared by the commands that load models without a server.
-#[derive(clap::Args)]
+#[derive(Clone, clap::Args)]
 struct EngineArguments {
     /// `auto`, `onnxruntime` or `tract`; otherwise TIDEGATE_ENGINE [default: auto]
     #[arg(long, value_name = "NAME")]

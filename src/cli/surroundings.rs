@@ -1,5 +1,8 @@
 //! What commands take from the process they run in.
 
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use crate::config::Surroundings;
 
 /// Cores by affinity and cgroup quota; variables that are not UTF-8 are none of ours.
@@ -12,4 +15,14 @@ pub(super) fn read() -> Surroundings {
         exe_dir: std::env::current_exe().ok().and_then(|path| path.parent().map(Into::into)),
         temp_dir: std::env::temp_dir(),
     }
+}
+
+/// This program's own file.
+pub(super) fn program() -> std::io::Result<PathBuf> {
+    std::env::current_exe()
+}
+
+/// The time since 1970, for people: when something was done.
+pub(super) fn now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }

@@ -35,6 +35,7 @@ use export::{Exporter, Family, Number};
 use latency::{Handles, PROTOCOLS};
 use names::{MAX_LABELLED_VERSIONS, MAX_MONITORED_OUTPUTS, OTHER};
 
+pub use process::cpu_seconds;
 pub use statistics::{Compute, Statistics, Total};
 
 /// One server's metrics.

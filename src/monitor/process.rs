@@ -16,7 +16,7 @@ pub(super) fn write(out: &mut String) {
             Family::new(out, metric).sample(&[], Number(value));
         }
     };
-    let times = times();
+    let times = times("self");
     number(&names::RESIDENT_MEMORY, resident_memory());
     number(&names::OPEN_FDS, fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count() as f64));
     number(&names::CPU_SECONDS, times.as_ref().map(|times| times.cpu));
@@ -34,8 +34,14 @@ struct Times {
     start: f64,
 }
 
-fn times() -> Option<Times> {
-    let stat = fs::read_to_string("/proc/self/stat").ok()?;
+/// Seconds of CPU time that a process has used, in user and kernel mode; this one, if none is named.
+pub fn cpu_seconds(process: Option<u32>) -> Option<f64> {
+    let process = process.map_or_else(|| "self".to_string(), |id| id.to_string());
+    times(&process).map(|times| times.cpu)
+}
+
+fn times(process: &str) -> Option<Times> {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     // The second field is the command in parentheses and may itself hold spaces and parentheses.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
     let ticks = |position: usize| fields.get(position)?.parse::<f64>().ok();

@@ -24,7 +24,7 @@ use super::version::{Facts, OutputInfo, Version};
 use super::warmup::WarmUps;
 use super::{declared, ragged, view, warmup};
 use crate::backend::safetensors::{self, Declared};
-use crate::backend::{Artifact, Description, Device, LoadError, Model, onnx};
+use crate::backend::{Artifact, Description, Device, LoadError, LoadOptions, Model, onnx};
 use crate::monitor::{Monitor, MonitoredOutput};
 use crate::scheduler::{self, DEFAULT_PREFERRED_ROWS, Gate, Group, Scheduler};
 use crate::tensor::{Dim, OutputKind, Signature, Tensor, TensorSpec};
@@ -194,6 +194,25 @@ impl Loader {
         }
     }
 
+    /// The model on the CPU with so many threads for a run, as clients see it: nothing is tested or warmed up.
+    pub fn load_alone(&self, found: &Discovered, staged: &Staged, threads: usize) -> Result<Arc<dyn Model>, Failure> {
+        let (Chosen { backend, .. }, artifact) = self.chosen(found, staged)?;
+        let model = guarded(|| backend.load(&artifact, &LoadOptions { device: Device::Cpu, threads }))?;
+        Ok(view::of(model, &staged.settings.config))
+    }
+
+    /// The engine, and what it is given.
+    fn chosen(&self, found: &Discovered, staged: &Staged) -> Result<(Chosen, Artifact), Failure> {
+        let chosen = self.engines.choose(staged.settings.config.backend, found.format());
+        let chosen = chosen.map_err(|reason| Failure::Model(LoadError::Unavailable(reason)))?;
+        let path = match found.format() {
+            Format::Onnx => staged.cached.model.clone(),
+            Format::Safetensors => staged.cached.folder.clone(),
+        };
+        let (bytes, description) = (staged.cached.bytes, Arc::clone(&staged.description));
+        Ok((chosen, Artifact { path, bytes, description }))
+    }
+
     /// Makes the scheduler: from here on the version can answer.
     pub fn serve(&self, loaded: Loaded, monitor: &Arc<Monitor>) -> Version {
         let Loaded { facts, groups, cached, .. } = loaded;
@@ -227,15 +246,7 @@ impl Loader {
         warming: impl FnOnce(),
     ) -> Result<Made, Failure> {
         let config = &*staged.settings.config;
-        let Chosen { backend, reason } = self
-            .engines
-            .choose(config.backend, found.format())
-            .map_err(|reason| Failure::Model(LoadError::Unavailable(reason)))?;
-        let path = match found.format() {
-            Format::Onnx => staged.cached.model.clone(),
-            Format::Safetensors => staged.cached.folder.clone(),
-        };
-        let artifact = Artifact { path, bytes: staged.cached.bytes, description: Arc::clone(&staged.description) };
+        let (Chosen { backend, reason }, artifact) = self.chosen(found, staged)?;
         let site = Site {
             backend: &*backend,
             artifact: &artifact,

@@ -7,6 +7,7 @@ use super::loader::{CompareGoldens, Failure, Loader};
 use super::source::{Discovered, Scan};
 use super::version::Facts;
 use super::{Config, RegistryError};
+use crate::backend::Model;
 use crate::request::VersionId;
 use crate::scheduler::Gate;
 
@@ -40,6 +41,33 @@ pub fn validate(config: &Config, cores: usize) -> Result<Vec<Report>, RegistryEr
         return Err(folder.empty(&scan).into());
     }
     report(config, cores, scan, CompareGoldens::IfThere)
+}
+
+/// Loads a version on the CPU with so many threads for a run. The error says why it cannot be.
+pub type Alone<'a> = &'a dyn Fn(usize) -> Result<Arc<dyn Model>, String>;
+
+/// Shows every version that loads to `look`, with what loads it without a server: for timing an engine alone.
+/// `config.root` is what [`inspect`] takes, or a registry.
+pub fn each_alone(config: &Config, cores: usize, mut look: impl FnMut(&Facts, Alone)) -> Result<(), RegistryError> {
+    let mut folder = config.folder();
+    let mut scan = folder.scan_one()?;
+    if scan.versions.is_empty() {
+        scan = folder.scan()?;
+    }
+    if scan.versions.is_empty() {
+        return Err(folder.empty(&scan).into());
+    }
+    let engines = Engines::find(&config.engines).map_err(RegistryError::Engine)?;
+    let cache = Arc::new(config.open_cache()?);
+    let loader = Loader { cache: Arc::clone(&cache), engines, cores, gate: Gate::new(cores) };
+    for found in scan.versions.values() {
+        let Ok(facts) = one(&loader, found, CompareGoldens::IfConfigured).outcome else { continue };
+        let Ok(staged) = loader.stage(found) else { continue };
+        look(&facts, &|threads| loader.load_alone(found, &staged, threads).map_err(|failure| failure.to_string()));
+        loader.discard_staged(staged);
+    }
+    cache.remove();
+    Ok(())
 }
 
 fn report(config: &Config, cores: usize, scan: Scan, goldens: CompareGoldens) -> Result<Vec<Report>, RegistryError> {

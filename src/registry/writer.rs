@@ -590,9 +590,8 @@ fn carry_out(loader: &Loader, order: Order, say: &Sender<Progress>) {
 
 fn load(loader: &Loader, order: &Order, warming: impl FnOnce()) -> Outcome {
     let staged = loader.stage(&order.found)?;
-    let same = |(digest, settings): &(Arc<str>, Settings)| {
-        *digest == staged.cached.digest && *settings == staged.settings
-    };
+    let same =
+        |(digest, settings): &(Arc<str>, Settings)| *digest == staged.cached.digest && *settings == staged.settings;
     if order.serving.as_ref().is_some_and(same) {
         loader.discard_staged(staged);
         return Ok(None);

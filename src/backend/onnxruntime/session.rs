@@ -262,9 +262,10 @@ impl Instance for OnnxRuntimeInstance {
             values.push(value.map_err(|error| run_error(&error))?);
         }
         let outputs = self.runner.run(&values).map_err(|error| run_error(&error))?;
-        let tensors = outputs.into_iter().zip(&self.signature.outputs).map(|(value, spec)| {
-            tensor_of(value.ok_or_else(|| failed(spec, "was not returned"))?, spec, &lent)
-        });
+        let tensors = outputs
+            .into_iter()
+            .zip(&self.signature.outputs)
+            .map(|(value, spec)| tensor_of(value.ok_or_else(|| failed(spec, "was not returned"))?, spec, &lent));
         let tensors = tensors.collect();
         drop(values);
         self.scratch

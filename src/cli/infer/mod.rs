@@ -1,33 +1,24 @@
 //! `tidegate infer`: one request to a running server, for a person at a shell.
 //!
-//! `client` is a server as seen from here, over either protocol: `rest` and `grpc` · `request` is what is sent, from a
-//! file or from `input`s, which read literals, JSON and NumPy's files (`npy`) by the model's signature · `table` is
-//! what a person reads, element by element from `elements`.
+//! `cli/client` asks · `table` is what a person reads.
 //!
-//! Tensors travel binary both ways, so that both protocols give the same bits. Knows of the server only what the
-//! protocol says. One thread, one connection; files are read before the server is asked for anything.
+//! Tensors travel binary both ways, so that both protocols give the same bits. One thread, one connection; files are
+//! read before the server is asked for anything.
 
-mod client;
-mod elements;
-mod grpc;
-mod input;
-mod npy;
-mod request;
-mod rest;
 mod table;
 
-use std::io::{ErrorKind, IsTerminal, Read, Write};
-use std::path::{Path, PathBuf};
+use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use self::client::{Address, Answer, Client, Failure, ModelMetadata};
-use self::input::Given;
-use self::request::Request;
 use self::table::{Style, shell_word};
-use super::surroundings;
+use super::client::input::{self, Given};
+use super::client::request::{self, Request};
+use super::client::{Address, Answer, Client, Failure, ModelMetadata, read_file};
+use super::{print, surroundings};
 use crate::units::{DURATION_FORM, parse_duration};
 
 /// The server answered with an error.
@@ -37,9 +28,6 @@ const EXIT_NO_ANSWER: u8 = 3;
 
 /// How much longer than the server we wait, so that its own word on a deadline arrives.
 const GRACE: Duration = Duration::from_secs(1);
-
-/// Longest file or standard input, in bytes: far more than servers take.
-const MAX_FILE_BYTES: u64 = 1 << 30;
 
 pub(super) const AFTER_HELP: &str = "\
 Without --input and --request the model's signature is shown, and a line to try. Of an input's shape the leading batch \
@@ -118,15 +106,6 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
             eprintln!("tidegate: {message}");
             Ok(ExitCode::from(EXIT_NO_ANSWER))
         }
-    }
-}
-
-/// A reader that has seen enough (`| head`) is no failure.
-fn print(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("cannot write the answer"),
-        _ => Ok(()),
     }
 }
 
@@ -209,21 +188,6 @@ fn style() -> Style {
 fn json(value: &impl serde::Serialize) -> Result<String> {
     let text = serde_json::to_string(value).context("the answer cannot be written as JSON: leave out --json")?;
     Ok(text + "\n")
-}
-
-/// The file, or standard input for `-`.
-fn read_file(path: &Path) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let read = if path == Path::new("-") {
-        std::io::stdin().lock().take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)
-    } else {
-        std::fs::File::open(path).and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes))
-    };
-    let length = read.with_context(|| format!("cannot read {}", path.display()))?;
-    if length as u64 > MAX_FILE_BYTES {
-        bail!("{} is longer than {MAX_FILE_BYTES} bytes", path.display());
-    }
-    Ok(bytes)
 }
 
 #[cfg(test)]

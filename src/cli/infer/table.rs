@@ -2,8 +2,9 @@
 //!
 //! Whatever came from the server is made visible: it cannot steer the terminal.
 
-use super::client::{Answer, ModelMetadata, TensorMetadata};
-use super::elements::{number, shown};
+use crate::cli::client::elements::{number, shown};
+use crate::cli::client::{Answer, ModelMetadata, TensorMetadata};
+use crate::cli::columns::aligned;
 use crate::cli::summary::ones;
 use crate::error::visible;
 use crate::tensor::{Tensor, wire_shape};
@@ -26,21 +27,6 @@ impl Style {
     fn faint(self, text: &str) -> String {
         if self.bold { format!("\x1b[2m{text}\x1b[0m") } else { text.to_string() }
     }
-}
-
-/// Columns of equal width, two spaces apart; the first to the left, `right` says where the others stand.
-fn aligned(rows: &[Vec<String>], right: bool) -> String {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
-    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
-    let line = |row: &Vec<String>| {
-        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| match right && column > 0 {
-            true => format!("  {cell:>width$}"),
-            false => format!("  {cell:<width$}"),
-        });
-        cells.collect::<String>().trim_end().to_string() + "\n"
-    };
-    rows.iter().map(line).collect()
 }
 
 /// Signature, versions, and a line to try that `command` begins.

@@ -6,8 +6,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 
-use super::client::{ModelMetadata, TensorMetadata};
 use super::request::Input;
+use super::{ModelMetadata, TensorMetadata};
 use super::{elements, npy, read_file};
 use crate::error::visible;
 use crate::tensor::json::{Data, NotFinite};
@@ -15,14 +15,19 @@ use crate::tensor::{DataType, Dim, Shape, Tensor, TensorSpec};
 
 /// An argument, its file read.
 #[derive(Debug)]
-pub(super) struct Given {
+pub(in crate::cli) struct Given {
     name: Option<String>,
     value: Vec<u8>,
 }
 
 impl Given {
+    /// A file for the model's only input.
+    pub(in crate::cli) fn file(path: &Path) -> Result<Given> {
+        Ok(Given { name: None, value: read_file(path)? })
+    }
+
     /// `[NAME=]VALUE`. What begins like JSON or a file has no name.
-    pub(super) fn parse(text: &str) -> Result<Given> {
+    pub(in crate::cli) fn parse(text: &str) -> Result<Given> {
         let (name, value) = match text.split_once('=') {
             Some((name, value)) if !name.starts_with(['[', '{', '"', '@']) => (Some(name.to_string()), value),
             _ => (None, text),
@@ -36,7 +41,7 @@ impl Given {
 }
 
 /// One tensor for each argument. Whether all inputs are there is the server's to say: some may be optional.
-pub(super) fn tensors(given: Vec<Given>, model: &ModelMetadata) -> Result<Vec<Input>> {
+pub(in crate::cli) fn tensors(given: Vec<Given>, model: &ModelMetadata) -> Result<Vec<Input>> {
     let mut inputs: Vec<Input> = Vec::with_capacity(given.len());
     for Given { name, value } in given {
         let metadata = named(name.as_deref(), model)?;

@@ -43,7 +43,7 @@ fn element(tensor: &Tensor, index: usize) -> Option<Element<'_>> {
 }
 
 /// As a person reads it: floats to six digits, text quoted and cut. Empty past the end.
-pub(super) fn shown(tensor: &Tensor, index: usize) -> String {
+pub(in crate::cli) fn shown(tensor: &Tensor, index: usize) -> String {
     match element(tensor, index) {
         None => String::new(),
         Some(Element::Bool(value)) => value.to_string(),
@@ -60,7 +60,7 @@ pub(super) fn shown(tensor: &Tensor, index: usize) -> String {
 const DIGITS: i32 = 6;
 
 /// Short enough for a column, like C's `%g`.
-pub(super) fn number(value: f64) -> String {
+pub(in crate::cli) fn number(value: f64) -> String {
     if value == 0.0 || !value.is_finite() {
         return value.to_string();
     }
@@ -80,7 +80,7 @@ pub(super) fn number(value: f64) -> String {
 }
 
 /// The elements as another datatype, by the rules for JSON: integers exactly or not at all, floats rounded.
-pub(super) fn converted(tensor: Tensor, dtype: DataType) -> Result<Tensor, DataError> {
+pub(in crate::cli) fn converted(tensor: Tensor, dtype: DataType) -> Result<Tensor, DataError> {
     if tensor.dtype() == dtype {
         return Ok(tensor);
     }

@@ -6,12 +6,13 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
-use bytes::Bytes;
+use anyhow::{Context as _, Result, bail};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::header::CONTENT_TYPE;
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{SendRequest, handshake};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use prost::Message;
 use serde_json::{Map, Value};
 use tokio::net::TcpStream;
 use tonic::body::Body;
@@ -19,8 +20,8 @@ use tonic::metadata::MetadataMap;
 use tonic::{Code, Status};
 use tower::Service;
 
-use super::client::{Address, Answer, Failure, MAX_ANSWER_BYTES, ModelMetadata, TensorMetadata};
 use super::request::Request;
+use super::{Address, Answer, Failure, MAX_ANSWER_BYTES, ModelMetadata, TensorMetadata};
 use crate::error::visible;
 use crate::protocol::grpc::proto;
 use crate::tensor::{DataType, Shape, Tensor};
@@ -30,7 +31,10 @@ use proto::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
 use proto::model_infer_response::InferOutputTensor;
 use proto::{InferParameter, ModelInferRequest, ModelInferResponse, ModelMetadataRequest};
 
-pub(super) struct Grpc {
+/// Bytes in front of a message: whether it is compressed, and its length.
+const MESSAGE_HEAD: usize = 5;
+
+pub(in crate::cli) struct Grpc {
     client: GrpcInferenceServiceClient<Http2>,
     address: Address,
     timeout: Option<Duration>,
@@ -66,7 +70,11 @@ fn grpc_only(answer: http::Response<Incoming>) -> Result<http::Response<Incoming
 }
 
 impl Grpc {
-    pub(super) async fn start(stream: TcpStream, address: Address, timeout: Option<Duration>) -> Result<Grpc, Failure> {
+    pub(in crate::cli) async fn start(
+        stream: TcpStream,
+        address: Address,
+        timeout: Option<Duration>,
+    ) -> Result<Grpc, Failure> {
         let started = handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
         let (connection, running) = started.map_err(|error| address.broke(&error))?;
         // How it ends, the call that it breaks off tells.
@@ -76,7 +84,7 @@ impl Grpc {
         Ok(Grpc { client, address, timeout })
     }
 
-    pub(super) async fn model(&mut self, name: &str, version: &str) -> Result<ModelMetadata, Failure> {
+    pub(in crate::cli) async fn model(&mut self, name: &str, version: &str) -> Result<ModelMetadata, Failure> {
         let query = ModelMetadataRequest { name: name.into(), version: version.into() };
         let reply = self.client.model_metadata(query).await.map_err(|status| self.failed(&status))?.into_inner();
         let tensor = |tensor: proto::model_metadata_response::TensorMetadata| TensorMetadata {
@@ -94,7 +102,12 @@ impl Grpc {
         })
     }
 
-    pub(super) async fn infer(&mut self, name: &str, version: &str, request: Request) -> Result<Answer, Failure> {
+    pub(in crate::cli) async fn infer(
+        &mut self,
+        name: &str,
+        version: &str,
+        request: Request,
+    ) -> Result<Answer, Failure> {
         let mut request = tonic::Request::new(message(name, version, request)?);
         if let Some(timeout) = self.timeout {
             request.set_timeout(timeout);
@@ -121,7 +134,7 @@ fn text<'a>(metadata: &'a MetadataMap, name: &str) -> Option<&'a str> {
 }
 
 /// As gRPC's documents write it: `INVALID_ARGUMENT`.
-fn code_name(code: Code) -> String {
+pub(in crate::cli) fn code_name(code: Code) -> String {
     let mut name = String::new();
     for c in format!("{code:?}").chars() {
         if c.is_uppercase() && !name.is_empty() {
@@ -130,6 +143,24 @@ fn code_name(code: Code) -> String {
         name.push(c.to_ascii_uppercase());
     }
     name
+}
+
+/// A call's whole body: the message behind its length.
+pub(in crate::cli) fn written(name: &str, version: &str, request: Request) -> Result<Bytes> {
+    let message = message(name, version, request)?;
+    let mut body = BytesMut::with_capacity(MESSAGE_HEAD + message.encoded_len());
+    body.put_u8(0);
+    body.put_u32(u32::try_from(message.encoded_len()).context("the request is over 4 GiB")?);
+    message.encode(&mut body)?;
+    Ok(body.freeze())
+}
+
+/// The same of an answer. One that is compressed is refused: nobody asked for that.
+pub(in crate::cli) fn read(mut body: Bytes) -> Result<Answer, String> {
+    if body.len() < MESSAGE_HEAD || body.get_u8() != 0 || body.get_u32() as usize != body.len() {
+        return Err("it is not one whole message".into());
+    }
+    answer(ModelInferResponse::decode(body).map_err(|error| error.to_string())?, None)
 }
 
 fn message(name: &str, version: &str, request: Request) -> Result<ModelInferRequest> {

@@ -9,39 +9,49 @@ use http::{HeaderMap, Method};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use tokio::net::TcpStream;
 
-use super::client::{Address, Answer, Failure, MAX_ANSWER_BYTES, ModelMetadata};
 use super::request::Request;
+use super::{Address, Answer, Failure, MAX_ANSWER_BYTES, ModelMetadata};
 use crate::cli::summary::segment;
+use crate::protocol::rest::Flat;
 use crate::tensor::json::{Data, NotFinite};
 use crate::tensor::{DataType, Shape, Tensor};
 
-const HEADER_LENGTH: &str = "inference-header-content-length";
+pub(in crate::cli) const HEADER_LENGTH: &str = "inference-header-content-length";
 
-pub(super) struct Rest {
+pub(in crate::cli) struct Rest {
     connection: SendRequest<Full<Bytes>>,
     address: Address,
     timeout: Option<Duration>,
 }
 
 impl Rest {
-    pub(super) async fn start(stream: TcpStream, address: Address, timeout: Option<Duration>) -> Result<Rest, Failure> {
+    pub(in crate::cli) async fn start(
+        stream: TcpStream,
+        address: Address,
+        timeout: Option<Duration>,
+    ) -> Result<Rest, Failure> {
         let (connection, running) = handshake(TokioIo::new(stream)).await.map_err(|error| address.broke(&error))?;
         // How it ends, the call that it breaks off tells.
         tokio::spawn(running);
         Ok(Rest { connection, address, timeout })
     }
 
-    pub(super) async fn model(&mut self, name: &str, version: &str) -> Result<ModelMetadata, Failure> {
+    pub(in crate::cli) async fn model(&mut self, name: &str, version: &str) -> Result<ModelMetadata, Failure> {
         let (_, body) = self.call(Method::GET, &path(name, version), HeaderMap::new(), Bytes::new()).await?;
         serde_json::from_slice(&body).map_err(|error| self.address.unreadable(error))
     }
 
-    pub(super) async fn infer(&mut self, name: &str, version: &str, request: Request) -> Result<Answer, Failure> {
+    pub(in crate::cli) async fn infer(
+        &mut self,
+        name: &str,
+        version: &str,
+        request: Request,
+    ) -> Result<Answer, Failure> {
         let (head, body) = written(&request);
         let mut headers = HeaderMap::new();
         headers.insert(HEADER_LENGTH, head.into());
@@ -53,7 +63,8 @@ impl Rest {
         }
         let path = format!("{}/infer", path(name, version));
         let (head, body) = self.call(Method::POST, &path, headers, body.into()).await?;
-        read(&head.headers, body).map_err(|why| self.address.unreadable(why))
+        let timing = header(&head.headers, "server-timing").map(String::from);
+        read(header(&head.headers, HEADER_LENGTH), timing, body).map_err(|why| self.address.unreadable(why))
     }
 
     async fn call(
@@ -91,7 +102,8 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name).and_then(|value| value.to_str().ok())
 }
 
-fn path(model: &str, version: &str) -> String {
+/// A model's place below the server's root.
+pub(in crate::cli) fn path(model: &str, version: &str) -> String {
     let model = segment(model);
     if version.is_empty() {
         format!("/v2/models/{model}")
@@ -100,8 +112,44 @@ fn path(model: &str, version: &str) -> String {
     }
 }
 
-/// The body, and how many bytes of it are JSON.
-fn written(request: &Request) -> (usize, Vec<u8>) {
+/// The body with all data as JSON, and the same asked for of the answer.
+pub(in crate::cli) fn written_as_json(request: &Request) -> Result<Vec<u8>, serde_json::Error> {
+    #[derive(Serialize)]
+    struct Written<'a> {
+        #[serde(skip_serializing_if = "str::is_empty")]
+        id: &'a str,
+        #[serde(skip_serializing_if = "Map::is_empty")]
+        parameters: &'a Map<String, Value>,
+        inputs: Vec<WrittenInput<'a>>,
+        #[serde(skip_serializing_if = "<[_]>::is_empty")]
+        outputs: &'a [super::request::Output],
+    }
+    #[derive(Serialize)]
+    struct WrittenInput<'a> {
+        name: &'a str,
+        datatype: &'static str,
+        shape: &'a [usize],
+        #[serde(skip_serializing_if = "Map::is_empty")]
+        parameters: &'a Map<String, Value>,
+        data: Flat<'a>,
+    }
+    let inputs = request.inputs.iter().map(|input| WrittenInput {
+        name: &input.name,
+        datatype: input.tensor.dtype().name(),
+        shape: input.tensor.shape().dims(),
+        parameters: &input.parameters,
+        data: Flat(&input.tensor),
+    });
+    serde_json::to_vec(&Written {
+        id: &request.id,
+        parameters: &request.parameters,
+        inputs: inputs.collect(),
+        outputs: &request.outputs,
+    })
+}
+
+/// The body with binary data, and how many bytes of it are JSON.
+pub(in crate::cli) fn written(request: &Request) -> (usize, Vec<u8>) {
     let with = |parameters: &Map<String, Value>, name: &str, value: Value| {
         let mut parameters = parameters.clone();
         parameters.insert(name.into(), value);
@@ -161,8 +209,9 @@ struct Output<'a> {
     data: Option<&'a RawValue>,
 }
 
-fn read(headers: &HeaderMap, body: Bytes) -> Result<Answer, String> {
-    let length = match header(headers, HEADER_LENGTH) {
+/// An answer from its body, and the header that says how much of it is JSON.
+pub(in crate::cli) fn read(length: Option<&str>, timing: Option<String>, body: Bytes) -> Result<Answer, String> {
+    let length = match length {
         None => body.len(),
         Some(length) => length.parse().ok().filter(|length| *length <= body.len()).ok_or("its JSON is cut short")?,
     };
@@ -179,7 +228,7 @@ fn read(headers: &HeaderMap, body: Bytes) -> Result<Answer, String> {
         version: head.model_version,
         parameters: head.parameters,
         outputs,
-        timing: header(headers, "server-timing").map(String::from),
+        timing,
     })
 }
 
@@ -204,14 +253,12 @@ mod tests {
         let json = r#"{"model_name":"m","outputs":[
             {"name":"a","datatype":"INT16","shape":[2],"parameters":{"binary_data_size":4}},
             {"name":"b","datatype":"FP32","shape":[1,2],"data":[1.5,2]}]}"#;
-        let mut headers = HeaderMap::new();
-        headers.insert(HEADER_LENGTH, json.len().into());
-        let answer = |tail: &[u8]| read(&headers, [json.as_bytes(), tail].concat().into());
+        let length = json.len().to_string();
+        let answer = |tail: &[u8]| read(Some(&length), None, [json.as_bytes(), tail].concat().into());
         let answer_whole = answer(&[1, 0, 2, 0]).unwrap();
         assert_eq!(answer_whole.outputs[0].1.to_vec::<i16>(), Some(vec![1, 2]));
         assert_eq!(answer_whole.outputs[1].1.to_vec::<f32>(), Some(vec![1.5, 2.0]));
         assert_eq!(answer(&[1, 0, 2]).unwrap_err(), "output `a`: its data is cut short");
-        headers.insert(HEADER_LENGTH, (json.len() + 9).into());
-        assert!(read(&headers, json.as_bytes().into()).is_err());
+        assert!(read(Some(&(json.len() + 9).to_string()), None, json.as_bytes().into()).is_err());
     }
 }

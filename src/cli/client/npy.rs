@@ -17,13 +17,13 @@ const MAX_HEADER_BYTES: usize = 64 << 10;
 /// Strings of an array whose strings take no bytes, so that the file's length does not bound them.
 const MAX_EMPTY_STRINGS: usize = 1 << 20;
 
-pub(super) fn is_npy(file: &[u8]) -> bool {
+pub(in crate::cli) fn is_npy(file: &[u8]) -> bool {
     file.starts_with(MAGIC)
 }
 
 /// The array. `bool`, integers, `float16` to `float64`, `bytes_` and `str_` have a datatype each; elements of two
 /// opaque bytes are BF16, as `ml_dtypes` saves it.
-pub(super) fn read(file: Bytes) -> Result<Tensor> {
+pub(in crate::cli) fn read(file: Bytes) -> Result<Tensor> {
     let (header, data) = split(&file)?;
     let descr = string(value(header, "descr")?)?;
     let shape = shape(value(header, "shape")?)?;

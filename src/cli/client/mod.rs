@@ -1,27 +1,44 @@
 //! A server as seen from here: where it is, what it says of a model, what it answers, and how a call can fail.
 //!
-//! One connection for the one or two calls of a command, without a pool, and without TLS, which the server does not
-//! speak either.
+//! `rest` and `grpc` speak the protocol · `request` is what is sent, from a file or from `input`s, which read literals,
+//! JSON and NumPy's files (`npy`) by the model's signature · `elements` are a tensor's, one by one.
+//!
+//! One connection for the few calls of a command, without a pool, and without TLS, which the server does not speak
+//! either. Knows of the server only what the protocol says.
+
+pub(super) mod elements;
+pub(super) mod grpc;
+pub(super) mod input;
+mod npy;
+pub(super) mod request;
+pub(super) mod rest;
 
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
+use std::io::Read;
+use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use http::Uri;
 use http::uri::Authority;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tokio::net::TcpStream;
 
-use super::grpc::Grpc;
-use super::request::Request;
-use super::rest::Rest;
+use self::grpc::Grpc;
+use self::request::Request;
+use self::rest::Rest;
 use crate::error::visible;
 use crate::protocol::rest::Flat;
 use crate::request::Protocol;
 use crate::tensor::{DataType, Dim, Tensor, TensorSpec};
+
+/// Where servers listen unless told otherwise.
+const HTTP_PORT: u16 = 8000;
+const GRPC_PORT: u16 = 8001;
 
 /// For the connection alone: a host that swallows packets is told from a server that computes.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -31,6 +48,9 @@ pub(super) const MAX_ANSWER_BYTES: usize = 1 << 30;
 
 /// Longest text of an error that is repeated, in bytes: whatever is at the address wrote it.
 const MAX_MESSAGE_BYTES: usize = 2 << 10;
+
+/// Longest file or standard input, in bytes: far more than servers take.
+const MAX_FILE_BYTES: u64 = 1 << 30;
 
 /// Why there is no answer to show.
 #[derive(Debug)]
@@ -61,8 +81,8 @@ impl Address {
     pub(super) fn parse(text: &str) -> Result<Address, String> {
         let (scheme, rest) = text.split_once("://").unwrap_or(("http", text));
         let (protocol, port) = match scheme {
-            "http" => (Protocol::Http, 8000),
-            "grpc" => (Protocol::Grpc, 8001),
+            "http" => (Protocol::Http, HTTP_PORT),
+            "grpc" => (Protocol::Grpc, GRPC_PORT),
             "https" | "grpcs" => return Err("TLS is not spoken, expected http:// or grpc://".into()),
             _ => return Err(format!("the scheme is `{scheme}`, expected http or grpc")),
         };
@@ -83,6 +103,25 @@ impl Address {
 
     pub(super) fn is_default(&self) -> bool {
         self.to_string() == "http://localhost:8000"
+    }
+
+    pub(super) fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
+    /// The same host, spoken to over another protocol on its default port.
+    pub(super) fn sibling(&self, protocol: Protocol) -> Address {
+        let port = match protocol {
+            Protocol::Http => HTTP_PORT,
+            Protocol::Grpc => GRPC_PORT,
+        };
+        let authority = format!("{}:{port}", self.authority.host()).parse().unwrap_or_else(|_| self.authority.clone());
+        Address { protocol, authority, port }
+    }
+
+    /// The address behind the name that answers there.
+    pub(super) async fn resolved(&self) -> Result<SocketAddr, Failure> {
+        self.connect().await?.peer_addr().map_err(|error| self.broke(&error))
     }
 
     /// Host and port.
@@ -268,4 +307,19 @@ impl Answer {
             outputs: self.outputs.iter().map(|(name, tensor)| OutputJson::of(name, tensor)).collect(),
         }
     }
+}
+
+/// The file, or standard input for `-`.
+pub(super) fn read_file(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = if path == Path::new("-") {
+        std::io::stdin().lock().take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)
+    } else {
+        std::fs::File::open(path).and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes))
+    };
+    let length = read.with_context(|| format!("cannot read {}", path.display()))?;
+    if length as u64 > MAX_FILE_BYTES {
+        bail!("{} is longer than {MAX_FILE_BYTES} bytes", path.display());
+    }
+    Ok(bytes)
 }

@@ -1,36 +1,36 @@
 //! What is sent: from a request file, read by the server's rules for JSON, or put together from inputs.
 
 use anyhow::{Context, Result, anyhow, bail};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use super::client::ModelMetadata;
+use super::ModelMetadata;
 use crate::error::visible;
 use crate::tensor::json::{Data, NotFinite};
 use crate::tensor::{DataType, Shape, Tensor};
 
-#[derive(Debug, Default)]
-pub(super) struct Request {
-    pub(super) id: String,
-    pub(super) parameters: Map<String, Value>,
-    pub(super) inputs: Vec<Input>,
+#[derive(Clone, Debug, Default)]
+pub(in crate::cli) struct Request {
+    pub(in crate::cli) id: String,
+    pub(in crate::cli) parameters: Map<String, Value>,
+    pub(in crate::cli) inputs: Vec<Input>,
     /// Empty for all.
-    pub(super) outputs: Vec<Output>,
+    pub(in crate::cli) outputs: Vec<Output>,
 }
 
-#[derive(Debug)]
-pub(super) struct Input {
-    pub(super) name: String,
-    pub(super) tensor: Tensor,
-    pub(super) parameters: Map<String, Value>,
+#[derive(Clone, Debug)]
+pub(in crate::cli) struct Input {
+    pub(in crate::cli) name: String,
+    pub(in crate::cli) tensor: Tensor,
+    pub(in crate::cli) parameters: Map<String, Value>,
 }
 
-#[derive(Debug, Deserialize)]
-pub(super) struct Output {
-    pub(super) name: String,
-    #[serde(default)]
-    pub(super) parameters: Map<String, Value>,
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(in crate::cli) struct Output {
+    pub(in crate::cli) name: String,
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub(in crate::cli) parameters: Map<String, Value>,
 }
 
 #[derive(Deserialize)]
@@ -58,7 +58,7 @@ struct WrittenInput<'a> {
 
 impl Request {
     /// An infer request of the protocol, all of it JSON.
-    pub(super) fn parse(text: &[u8]) -> Result<Request> {
+    pub(in crate::cli) fn parse(text: &[u8]) -> Result<Request> {
         let written: Written = serde_json::from_slice(text).context("cannot be read")?;
         let inputs = written.inputs.into_iter().map(|input| {
             let tensor = tensor(&input).with_context(|| format!("input `{}`", visible(&input.name)))?;
@@ -83,7 +83,7 @@ fn tensor(input: &WrittenInput) -> Result<Tensor> {
 }
 
 /// The outputs to ask for. Classes are asked of those that hold floats; all then have to be named.
-pub(super) fn outputs(names: &[String], classes: Option<u32>, model: &ModelMetadata) -> Vec<Output> {
+pub(in crate::cli) fn outputs(names: &[String], classes: Option<u32>, model: &ModelMetadata) -> Vec<Output> {
     let all = || model.outputs.iter().map(|output| output.name.clone()).collect();
     let names: Vec<String> = if names.is_empty() && classes.is_some() { all() } else { names.to_vec() };
     let holds_floats = |name: &str| {
@@ -100,7 +100,7 @@ pub(super) fn outputs(names: &[String], classes: Option<u32>, model: &ModelMetad
 
 #[cfg(test)]
 mod tests {
-    use super::super::client::TensorMetadata;
+    use super::super::TensorMetadata;
     use super::*;
 
     #[test]

@@ -1,0 +1,309 @@
+//! The ceiling: an engine alone, without queue, transport or server, for every sensible batch × instances × threads.
+//!
+//! A model is loaded as the server loads it, for each layout of the cores anew; then every instance runs one batch
+//! after the other on a thread of its own. Nothing is gathered or split.
+
+use std::path::Path;
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use hdrhistogram::Histogram;
+use serde::Serialize;
+
+use super::Told;
+use super::arguments::Asked;
+use super::data::{Drawing, Lengths};
+use super::stats::{Estimate, histogram, millis};
+use super::table::{count, short};
+use crate::backend::{Batch, Instance, Model};
+use crate::cli::columns::aligned;
+use crate::registry::{self, Facts, Random};
+use crate::tensor::Tensor;
+
+/// Runs before the clock starts.
+const WARM_UP_RUNS: usize = 2;
+/// Different batches that an instance goes through in turn.
+const BATCHES: usize = 4;
+/// With more cores than these, only powers of two of instances and threads are tried.
+const FEW_CORES: usize = 4;
+
+/// One model's ceilings.
+#[derive(Serialize)]
+pub(super) struct Ceiling {
+    pub(super) model: String,
+    pub(super) version: String,
+    pub(super) engine: String,
+    /// Whether the server would batch it.
+    pub(super) batches: bool,
+    /// Of free axes; `None` where lengths are mixed or the model has none.
+    pub(super) length: Option<usize>,
+    pub(super) inputs: Vec<String>,
+    pub(super) cells: Vec<Timed>,
+    /// The position of the cell with the most rows a second.
+    pub(super) best: usize,
+    /// The position of the one that answers a single request soonest.
+    pub(super) best_single: usize,
+}
+
+/// One batch in one layout.
+#[derive(Serialize)]
+pub(super) struct Timed {
+    pub(super) rows: usize,
+    pub(super) instances: usize,
+    pub(super) threads: usize,
+    pub(super) rows_per_second: Estimate,
+    pub(super) p50_ms: Estimate,
+    pub(super) p99_ms: Estimate,
+}
+
+/// What is to be timed.
+pub(super) struct Ceilings<'a> {
+    pub(super) root: &'a Path,
+    /// All that are there, if none is named.
+    pub(super) models: &'a [Asked],
+    pub(super) rows: &'a [usize],
+    pub(super) drawing: Drawing,
+    pub(super) duration: Duration,
+    pub(super) rounds: usize,
+}
+
+/// Instances and threads.
+type Layout = (usize, usize);
+
+impl Ceilings<'_> {
+    pub(super) fn measure(&self, config: &registry::Config, cores: usize, told: &mut Told) -> Result<Vec<Ceiling>> {
+        let mut ceilings = Vec::new();
+        let mut outcome = Ok(());
+        registry::each_alone(config, cores, |facts, load| {
+            if outcome.is_ok() && self.wants(facts) {
+                outcome = self.one(facts, load, cores, told).map(|found| ceilings.extend(found));
+            }
+        })?;
+        outcome?;
+        if ceilings.is_empty() {
+            bail!("{} has no version of that name that loads: see `tidegate inspect`", self.root.display());
+        }
+        Ok(ceilings)
+    }
+
+    fn wants(&self, facts: &Facts) -> bool {
+        let named = |asked: &Asked| {
+            *asked.name == *facts.name && (asked.version.is_empty() || asked.version == facts.id.to_string())
+        };
+        self.models.is_empty() || self.models.iter().any(named)
+    }
+
+    /// A ceiling for each length that was listed.
+    fn one(&self, facts: &Facts, load: registry::Alone, cores: usize, told: &mut Told) -> Result<Vec<Ceiling>> {
+        let specs = &facts.signature.inputs;
+        let free = specs
+            .iter()
+            .any(|spec| spec.dims.as_ref().is_some_and(|dims| dims.iter().skip(1).any(|dim| dim.is_free())));
+        let lengths: Vec<Option<Lengths>> = match &self.drawing.lengths {
+            Some(Lengths::Among(lengths)) if free => {
+                lengths.iter().map(|length| Some(Lengths::Among(vec![*length]))).collect()
+            }
+            other => vec![other.clone()],
+        };
+        let mut ceilings: Vec<Ceiling> = Vec::new();
+        for lengths in &lengths {
+            let length = match lengths {
+                Some(Lengths::Among(one)) if free => one.first().copied(),
+                _ => None,
+            };
+            ceilings.push(Ceiling {
+                model: facts.name.to_string(),
+                version: facts.id.to_string(),
+                engine: format!("{} {}", facts.backend, facts.backend_version),
+                batches: facts.batching.enabled,
+                length,
+                inputs: specs.iter().map(|spec| format!("{} {}", spec.name, spec.dtype)).collect(),
+                cells: Vec::new(),
+                best: 0,
+                best_single: 0,
+            });
+        }
+        let sizes: Vec<usize> = self.rows.iter().copied().filter(|rows| *rows == 1 || facts.batching.enabled).collect();
+        for layout in layouts(cores) {
+            let model = load(layout.1).map_err(anyhow::Error::msg).with_context(|| facts.name.to_string())?;
+            let made = (0..layout.0).map(|_| model.instance()).collect::<Result<Vec<_>, _>>();
+            let mut instances = made.with_context(|| facts.name.to_string())?;
+            for (ceiling, lengths) in ceilings.iter_mut().zip(&lengths) {
+                let drawing = Drawing { lengths: lengths.clone(), ..self.drawing.clone() };
+                self.layout(&*model, layout, &mut instances, &drawing, &sizes, ceiling, told)?;
+            }
+        }
+        for ceiling in &mut ceilings {
+            ceiling.judge();
+        }
+        Ok(ceilings)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the loop's body")]
+    fn layout(
+        &self,
+        model: &dyn Model,
+        (count_of_instances, threads): Layout,
+        instances: &mut [Box<dyn Instance>],
+        drawing: &Drawing,
+        sizes: &[usize],
+        ceiling: &mut Ceiling,
+        told: &mut Told,
+    ) -> Result<()> {
+        let mut random = Random(drawing.seed);
+        let mut drawn = Vec::new();
+        for rows in sizes {
+            let drawing = Drawing { rows: *rows, ..drawing.clone() };
+            let batch = |number| drawing.tensors(&model.signature().inputs, number, &mut random);
+            drawn.push((0..BATCHES).map(batch).collect::<Result<Vec<_>>>()?);
+        }
+        let mut rounds: Vec<Vec<Run>> = sizes.iter().map(|_| Vec::new()).collect();
+        for round in 0..self.rounds {
+            for ((rows, batches), runs) in sizes.iter().zip(&drawn).zip(&mut rounds) {
+                told.tell(&format!(
+                    "{}: {rows} rows, {count_of_instances} × {threads} threads, round {} of {}",
+                    ceiling.model,
+                    round + 1,
+                    self.rounds
+                ));
+                let run = run(instances, batches, self.duration);
+                runs.push(run.with_context(|| format!("model `{}` with {rows} rows", ceiling.model))?);
+            }
+        }
+        for (rows, runs) in sizes.iter().zip(&rounds) {
+            let estimate =
+                |of: &dyn Fn(&Run) -> f64| Estimate::of(runs.iter().map(of).collect()).context("there was no round");
+            ceiling.cells.push(Timed {
+                rows: *rows,
+                instances: count_of_instances,
+                threads,
+                rows_per_second: estimate(&|run| run.runs_per_second * *rows as f64)?,
+                p50_ms: estimate(&|run| millis(&run.times, 0.5))?,
+                p99_ms: estimate(&|run| millis(&run.times, 0.99))?,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Ceiling {
+    fn judge(&mut self) {
+        let best = |better: &dyn Fn(&Timed) -> Option<f64>| {
+            let rated = self.cells.iter().enumerate().filter_map(|(position, cell)| Some((better(cell)?, position)));
+            rated.max_by(|one, other| one.0.total_cmp(&other.0)).map_or(0, |(_, position)| position)
+        };
+        self.best = best(&|cell| Some(cell.rows_per_second.median));
+        self.best_single = best(&|cell| (cell.rows == 1 && cell.instances == 1).then_some(-cell.p50_ms.median));
+    }
+
+    pub(super) fn name(&self) -> String {
+        let length = self.length.map(|length| format!(", length {length}")).unwrap_or_default();
+        format!("{} version {}{length}", self.model, self.version)
+    }
+
+    pub(super) fn text(&self) -> String {
+        let batching = if self.batches { "" } else { ", not batched" };
+        let head = format!("{}: {}{batching}\n", self.name(), self.engine);
+        let mut rows =
+            vec![["rows", "instances × threads", "rows/s", "", "run p50 ms", "p99", ""].map(String::from).to_vec()];
+        for (position, cell) in self.cells.iter().enumerate() {
+            let mut marks = Vec::new();
+            if position == self.best {
+                marks.push("most rows");
+            }
+            if position == self.best_single {
+                marks.push("soonest answer");
+            }
+            rows.push(vec![
+                cell.rows.to_string(),
+                format!("{} × {}", cell.instances, cell.threads),
+                count(cell.rows_per_second.median),
+                format!("{}–{}", count(cell.rows_per_second.low), count(cell.rows_per_second.high)),
+                short(cell.p50_ms.median),
+                short(cell.p99_ms.median),
+                marks.join(", "),
+            ]);
+        }
+        head + &aligned(&rows, true)
+    }
+}
+
+/// Every way to use up to all cores; of many cores, those by powers of two.
+fn layouts(cores: usize) -> Vec<Layout> {
+    let counts: Vec<usize> = (1..=cores).filter(|n| cores <= FEW_CORES || n.is_power_of_two() || *n == cores).collect();
+    let all = counts.iter().flat_map(|instances| counts.iter().map(move |threads| (*instances, *threads)));
+    all.filter(|(instances, threads)| instances * threads <= cores).collect()
+}
+
+/// What came of one round.
+struct Run {
+    /// Of all instances together.
+    runs_per_second: f64,
+    times: Histogram<u64>,
+}
+
+fn run(instances: &mut [Box<dyn Instance>], batches: &[Vec<Tensor>], duration: Duration) -> Result<Run> {
+    let barrier = Arc::new(Barrier::new(instances.len()));
+    let outcomes: Vec<Result<Run>> = std::thread::scope(|scope| {
+        let started: Vec<_> = instances
+            .iter_mut()
+            .map(|instance| {
+                let barrier = Arc::clone(&barrier);
+                scope.spawn(move || repeat(&mut **instance, batches, duration, &barrier))
+            })
+            .collect();
+        // An engine's panic is a failure of this batch.
+        let joined = started.into_iter().map(|thread| thread.join());
+        joined.map(|outcome| outcome.unwrap_or_else(|_| bail!("the engine panicked"))).collect()
+    });
+    let mut all = Run { runs_per_second: 0.0, times: histogram() };
+    for run in outcomes {
+        let run = run?;
+        all.runs_per_second += run.runs_per_second;
+        // All histograms have the same bounds.
+        let _ = all.times.add(&run.times);
+    }
+    Ok(all)
+}
+
+/// One instance's part.
+fn repeat(instance: &mut dyn Instance, batches: &[Vec<Tensor>], duration: Duration, barrier: &Barrier) -> Result<Run> {
+    let jobs: Vec<[&[Tensor]; 1]> = batches.iter().map(|batch| [&batch[..]]).collect();
+    let mut next = jobs.iter().cycle();
+    let mut run = || -> Result<()> {
+        let job = next.next().context("there is no batch")?;
+        std::hint::black_box(instance.run(&Batch::new(job))?);
+        Ok(())
+    };
+    // All come to the barrier, whatever happens.
+    let warm = (0..WARM_UP_RUNS).try_for_each(|_| run());
+    barrier.wait();
+    warm?;
+    let mut times = histogram();
+    let begun = Instant::now();
+    let (mut last, mut runs) = (begun, 0u32);
+    while runs == 0 || last - begun < duration {
+        run()?;
+        let now = Instant::now();
+        times.saturating_record(u64::try_from((now - last).as_nanos()).unwrap_or(u64::MAX));
+        (last, runs) = (now, runs + 1);
+    }
+    Ok(Run { runs_per_second: f64::from(runs) / (last - begun).as_secs_f64(), times })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layouts_never_take_more_cores_than_there_are() {
+        assert_eq!(layouts(1), [(1, 1)]);
+        assert_eq!(layouts(2), [(1, 1), (1, 2), (2, 1)]);
+        assert_eq!(layouts(4).len(), 8);
+        let many = layouts(24);
+        assert!(
+            many.contains(&(24, 1)) && many.contains(&(1, 24)) && many.contains(&(8, 2)) && !many.contains(&(3, 8))
+        );
+    }
+}
