@@ -3,7 +3,10 @@
 # make test    everything a contributor needs: format, lints, unit, integration and client tests
 # make check-cuda   type-check the build with candle on GPUs, without CUDA
 # make models  train the example models again (large Python packages)
-# make bench   micro-benchmarks
+# make bench   the server against what engine and transport could do; QUICK=1, FRESH=1: see docs/performance.md
+# make bench-peers   the same models beside other servers, fetched from PyPI
+# make bench-micro   parts of the request path (criterion)
+# make instructions  instructions a request against benches/instructions.txt (valgrind)
 # make conformance   the ONNX project's node tests through the server, on both engines, and what it takes to hold them
 
 # Of the ONNX Runtime that tests load in Python.
@@ -13,8 +16,9 @@ PYTHON ?= python3
 CARGO ?= cargo
 BIN := target/release/tidegate
 CLIENTS := target/clients-venv
+BENCHES := target/bench-venv
 
-.PHONY: build run test lint unit clients conformance check-cuda models bench bless clean
+.PHONY: build run test lint unit clients conformance check-cuda models bench bench-peers bench-micro instructions bless clean
 
 build: target/release/.onnxruntime
 	$(CARGO) build --release --locked
@@ -70,8 +74,23 @@ target/models-venv/.installed: models/requirements.txt
 models: target/models-venv/.installed
 	target/models-venv/bin/python models/train.py
 
-bench:
+$(BENCHES)/.installed: benches/requirements.txt
+	$(PYTHON) -m venv $(BENCHES)
+	$(BENCHES)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+bench: build $(BENCHES)/.installed
+	$(BENCHES)/bin/python -B benches/matrix.py
+
+bench-peers: build $(BENCHES)/.installed
+	$(BENCHES)/bin/python -B benches/peers.py
+
+bench-micro:
 	$(CARGO) bench --locked
+
+# Skips itself, and says so, where valgrind is not installed. BLESS=1 writes down what it finds.
+instructions:
+	$(CARGO) bench --locked -- instructions
 
 # Rewrite the generated references in docs/.
 bless:

@@ -43,7 +43,7 @@ fn row() -> Tensor {
     Tensor::from_vec(Shape::new([1, WIDTH]).unwrap(), vec![1f32; WIDTH]).unwrap()
 }
 
-fn request(fake: &Fake) -> InferRequest {
+pub fn request(fake: &Fake) -> InferRequest {
     InferRequest {
         id: String::new(),
         model: ModelRef { name: "sentinel".into(), version: None },
@@ -55,7 +55,7 @@ fn request(fake: &Fake) -> InferRequest {
     }
 }
 
-async fn infer(engine: &Engine, request: InferRequest) {
+pub async fn infer(engine: &Engine, request: InferRequest) {
     let trace = engine.begin(ORIGIN);
     let permit = engine.admit(&trace, 32).unwrap();
     engine.infer(&trace, request, permit).await.unwrap();
