@@ -185,6 +185,7 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
             admin: admin(texts),
             io_threads: io_threads(texts, surroundings.cores),
             cores: surroundings.cores.max(1),
+            monitoring: texts.flag("monitoring"),
             strict_readiness: texts.flag("strict_readiness"),
             lame_duck: texts.duration("lame_duck"),
             drain_timeout,

@@ -71,6 +71,11 @@ pub static SETTINGS: &[Setting] = &[
         "2s",
         "how often the registry is looked at: with `poll` for changes, with `explicit` for the names of models that may be loaded",
     ),
+    file_only(
+        "monitoring",
+        "true",
+        "whether requests, batches and predictions are measured; without it `/metrics` tells what is loaded, refused and in flight, and statistics stay 0",
+    ),
     file_only("strict_readiness", "false", "ready only if no version has failed"),
     file_only("io_threads", "0", "threads that accept, parse and respond; 0: as many as cores, at most 4"),
     file_only("lame_duck", "1s", "how long to go on serving, not ready, after being told to stop"),

@@ -29,6 +29,7 @@ impl RequestFinished<'_> {
                 // No label of it comes from the client.
                 monitor.refused[protocol as usize][kind as usize].increment(1);
             }
+            (Some(_), Ok(_)) if !monitor.measures => {}
             (Some(version), Ok(timings)) => {
                 version.handles.requests(protocol, None).increment(1);
                 version.handles.request_duration(protocol).record(duration.as_secs_f64());
@@ -88,6 +89,9 @@ pub struct BatchExecuted<'a> {
 impl BatchExecuted<'_> {
     pub fn emit(self) {
         let BatchExecuted { version, requests, rows, data, padding, input, gather_and_compute, split, failed } = self;
+        if !version.measures {
+            return;
+        }
         let handles = &version.handles;
         handles.executions.increment(1);
         if failed {

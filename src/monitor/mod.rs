@@ -40,6 +40,8 @@ pub use statistics::{Compute, Statistics, Total};
 
 /// One server's metrics.
 pub struct Monitor {
+    /// Whether requests, batches and predictions are measured. What is loaded, refused and in flight always is.
+    measures: bool,
     exporter: Arc<Exporter>,
     refused: [[Counter; Kind::ALL.len()]; PROTOCOLS.len()],
     in_flight: Gauge,
@@ -58,10 +60,16 @@ pub struct Monitor {
 
 impl Monitor {
     pub fn new() -> Arc<Monitor> {
+        Monitor::measuring(true)
+    }
+
+    /// With `false`, one that leaves out what costs time with every request.
+    pub fn measuring(measures: bool) -> Arc<Monitor> {
         let exporter = Arc::new(Exporter::new());
         let truncated = |label| exporter.counter(&names::SERIES_TRUNCATED, &[label]);
         let loads = |outcome| exporter.counter(&names::MODEL_LOADS, &[outcome]);
         Arc::new(Monitor {
+            measures,
             refused: PROTOCOLS.map(|protocol| {
                 Kind::ALL.map(|kind| exporter.counter(&names::REFUSED, &[kind.label(), protocol.label()]))
             }),
@@ -108,6 +116,7 @@ impl Monitor {
         self.truncated_outputs.increment(outputs.len().saturating_sub(MAX_MONITORED_OUTPUTS) as u64);
         let outputs = outputs.into_iter().take(MAX_MONITORED_OUTPUTS);
         let monitor = Arc::new(VersionMonitor {
+            measures: self.measures,
             handles: Handles::new(Arc::clone(&self.exporter), model_label, version_label),
             model,
             version: version.to_string().into(),
@@ -171,6 +180,7 @@ pub struct MonitoredOutput {
 
 /// One loaded version's series: shared by its scheduler, its workers and the requests it serves.
 pub struct VersionMonitor {
+    measures: bool,
     handles: Handles,
     model: Arc<str>,
     version: Arc<str>,
@@ -197,6 +207,9 @@ struct Info {
 impl VersionMonitor {
     /// Folds one batch's whole outputs (positional, all rows) into the distributions. Called by workers after replying.
     pub fn fold(&self, outputs: &[Tensor]) {
+        if !self.measures {
+            return;
+        }
         let others = self.outputs.iter().zip(outputs).map(|(output, tensor)| output.fold(tensor)).sum();
         if others > 0 {
             self.truncated_classes.increment(others);
@@ -386,6 +399,39 @@ mod tests {
             text = &text[end.expect("an end quote") + 1..];
         }
         assert_eq!(text, "", "{family}: labels left over");
+    }
+
+    #[test]
+    fn without_monitoring_only_what_is_loaded_and_refused_is_told() {
+        let monitor = Monitor::measuring(false);
+        let version = monitor.version("m".into(), id(1), vec![output("value", OutputKind::Values)]);
+        load(&monitor, &version);
+        version.fold(&[floats(&[2], vec![1.5, 2.5])]);
+        execute(&version, 2, false);
+        let timings = Timings::default();
+        for (version, outcome) in [(Some(&*version), Ok(&timings)), (None, Err(Kind::NotFound))] {
+            RequestFinished {
+                version,
+                prediction: PredictionId(1),
+                protocol: Protocol::Grpc,
+                outcome,
+                duration: Duration::from_millis(3),
+            }
+            .emit(&monitor);
+        }
+        let text = monitor.render();
+        for absent in ["tidegate_requests_total{", "tidegate_executions_total{", "tidegate_batch_size_count{"] {
+            assert!(!text.contains(absent), "{absent} in {text}");
+        }
+        let told = [
+            "tidegate_requests_refused_total{kind=\"not_found\"",
+            "tidegate_model_ready{model=\"m\",version=\"1\"} 1",
+            "tidegate_prediction_elements_total{model=\"m\",version=\"1\",output=\"value\"} 0",
+        ];
+        for present in told {
+            assert!(text.contains(present), "no {present} in {text}");
+        }
+        assert_eq!(version.statistics().inferences, 0);
     }
 
     #[test]

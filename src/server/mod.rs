@@ -43,6 +43,8 @@ pub struct Config {
     pub io_threads: usize,
     /// Cores the process may use, by affinity and cgroup quota.
     pub cores: usize,
+    /// Whether requests, batches and predictions are measured.
+    pub monitoring: bool,
     /// Ready only if no version found at start has failed.
     pub strict_readiness: bool,
     /// How long to go on serving, not ready, after being told to stop.
@@ -160,7 +162,7 @@ where
     let Hooks { listening, ready, stop, phase } = hooks;
     let mut phase = Phases::start(phase);
     let stopping = watch_stop(stop);
-    let monitor = Monitor::new();
+    let monitor = Monitor::measuring(config.monitoring);
     let probe = observe::Probe { monitor: Arc::clone(&monitor), phase: phase.subscribe() };
     let observation = observe::spawn(config.metrics, probe)?;
 
