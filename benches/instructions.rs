@@ -1,12 +1,14 @@
 //! Instructions a request, where times would tell of the neighbours: a guard for the hot path.
 //!
-//! `make instructions` runs this binary under valgrind, twice for each way through the server, and takes the difference:
-//! what starting costs is in both. The engine answers at once and one thread asks, so that what is counted is the server's
-//! own work. Counts belong to a compiler and to the features that valgrind's processor has, so the file they are held
-//! against, benches/instructions.txt, is of x86-64 and is written anew with the compiler (`BLESS=1`).
+//! `make instructions` runs this binary under valgrind, which tells what was executed from each request to the next, on
+//! all threads. Whether a request is handed to a worker depends on the time that others took, so the figure is the least of
+//! many requests: what one costs that nothing disturbs. The engine answers at once and one caller asks, so that what is counted is the
+//! server's own work. Counts belong to a compiler and to the features that valgrind's processor has: the file they are
+//! held against, benches/instructions.txt, is of x86-64 and is written anew with the compiler (`BLESS=1`).
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::hint::black_box;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use tidegate::backend::fake::Fake;
@@ -20,55 +22,67 @@ use crate::rest::{self, Form};
 pub const NAME: &str = "instructions";
 /// More than this share above what is written down is a failure; more below is worth writing down.
 const TOLERANCE: f64 = 0.10;
-/// Requests of the two runs.
-const FEW: u64 = 100;
-const MANY: u64 = 600;
+/// Requests before it counts: the server learns how long a run takes.
+const WARM_UP: usize = 200;
+/// Requests that count.
+const REQUESTS: usize = 200;
 /// Rows of the larger requests.
 const ROWS: usize = 128;
 
-type Scenario = (&'static str, fn(&Runtime, u64));
+type Scenario = (&'static str, fn(&Runtime));
 
 const SCENARIOS: &[Scenario] = &[
     ("engine", through_engine),
-    ("rest binary", |runtime, count| through_rest(runtime, count, 1, Form::Binary, Form::Binary)),
-    ("rest json", |runtime, count| through_rest(runtime, count, 1, Form::Json, Form::Json)),
-    ("rest json in, 128 rows", |runtime, count| through_rest(runtime, count, ROWS, Form::Json, Form::Binary)),
-    ("rest json out, 128 rows", |runtime, count| through_rest(runtime, count, ROWS, Form::Binary, Form::Json)),
-    ("grpc raw", |runtime, count| through_grpc(runtime, count, 1, true)),
-    ("grpc typed, 128 rows", |runtime, count| through_grpc(runtime, count, ROWS, false)),
+    ("rest binary", |runtime| through_rest(runtime, 1, Form::Binary, Form::Binary)),
+    ("rest json", |runtime| through_rest(runtime, 1, Form::Json, Form::Json)),
+    ("rest json in, 128 rows", |runtime| through_rest(runtime, ROWS, Form::Json, Form::Binary)),
+    ("rest json out, 128 rows", |runtime| through_rest(runtime, ROWS, Form::Binary, Form::Json)),
+    ("grpc raw", |runtime| through_grpc(runtime, 1, true)),
+    ("grpc typed, 128 rows", |runtime| through_grpc(runtime, ROWS, false)),
 ];
 
-fn through_engine(runtime: &Runtime, count: u64) {
+fn through_engine(runtime: &Runtime) {
     let fake = Fake::echo(WIDTH);
     let served = serve(fake.clone());
-    for _ in 0..count {
-        runtime.block_on(infer(&served.engine, request(&fake)));
-    }
+    repeat(|| runtime.block_on(infer(&served.engine, request(&fake))));
 }
 
-fn through_rest(runtime: &Runtime, count: u64, rows: usize, asked: Form, answered: Form) {
+fn through_rest(runtime: &Runtime, rows: usize, asked: Form, answered: Form) {
     let (input, router, _served) = rest::router();
     let sent = rest::request(&input, rows, asked, answered);
-    for _ in 0..count {
-        runtime.block_on(rest::post(router.clone(), &sent));
-    }
+    repeat(|| runtime.block_on(rest::post(router.clone(), &sent)));
 }
 
-fn through_grpc(runtime: &Runtime, count: u64, rows: usize, raw: bool) {
+fn through_grpc(runtime: &Runtime, rows: usize, raw: bool) {
     let (input, router, _served) = grpc::router();
     let message = grpc::request(&input, rows, raw);
-    for _ in 0..count {
-        runtime.block_on(grpc::call(router.clone(), &message));
-    }
+    repeat(|| runtime.block_on(grpc::call(router.clone(), &message)));
 }
 
-/// With a scenario and a count behind its name: runs them, and nothing else. Without: the guard.
+fn repeat(mut one: impl FnMut()) {
+    (0..WARM_UP).for_each(|_| one());
+    for _ in 0..REQUESTS {
+        next_request();
+        one();
+    }
+    next_request();
+}
+
+/// Where valgrind writes down what it counted so far, and begins again.
+#[inline(never)]
+fn next_request() {
+    black_box(());
+}
+/// As valgrind finds it, whatever the compiler puts around the name.
+const NEXT_REQUEST: &str = "*next_request*";
+
+/// With a scenario behind its name: runs it, and nothing else. Without: the guard.
 pub fn main(arguments: &[String]) -> ExitCode {
     match arguments {
-        [scenario, count] => {
+        [scenario] => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let (_, run) = SCENARIOS.iter().find(|(name, _)| name == scenario).unwrap();
-            run(&runtime, count.parse().unwrap());
+            run(&runtime);
             ExitCode::SUCCESS
         }
         _ if !cfg!(target_arch = "x86_64") => skipped("counts are written down for x86-64 only"),
@@ -87,7 +101,7 @@ fn guard() -> ExitCode {
     let mut found = BTreeMap::new();
     let mut worse = false;
     for (name, _) in SCENARIOS {
-        let count = (counted(name, MANY) - counted(name, FEW)) / (MANY - FEW);
+        let count = counted(name);
         let change = known.get(*name).map(|before| count as f64 / *before as f64 - 1.0);
         let verdict = match change {
             None => "not written down",
@@ -117,15 +131,24 @@ fn written_down() -> BTreeMap<String, u64> {
     text.lines().filter_map(pair).collect()
 }
 
-/// Instructions of a whole run, on all its threads.
-fn counted(scenario: &str, requests: u64) -> u64 {
-    let this = std::env::current_exe().unwrap();
+/// Instructions of one request.
+fn counted(scenario: &str) -> u64 {
+    let folder = tempfile::tempdir().unwrap();
     let mut valgrind = Command::new("valgrind");
-    valgrind.args(["--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]);
-    let output = valgrind.arg(this).args([NAME, scenario, &requests.to_string()]).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{scenario} under valgrind: {said}");
-    let line = said.lines().find(|line| line.contains("I   refs:") || line.contains("I refs:")).unwrap();
-    let digits: String = line.rsplit(':').next().unwrap().chars().filter(char::is_ascii_digit).collect();
-    digits.parse().unwrap()
+    valgrind.args(["--tool=callgrind", &format!("--dump-before={NEXT_REQUEST}")]);
+    valgrind.arg(format!("--callgrind-out-file={}/counts", folder.path().display()));
+    let output = valgrind.arg(std::env::current_exe().unwrap()).args([NAME, scenario]).output().unwrap();
+    assert!(output.status.success(), "{scenario} under valgrind: {}", String::from_utf8_lossy(&output.stderr));
+    // The first is of all that came before the first request that counts; what came after the last has no number.
+    let counts: Vec<u64> =
+        (2..).map_while(|part| total(&folder.path().join(format!("counts.{part}")))).take(REQUESTS).collect();
+    assert_eq!(counts.len(), REQUESTS, "{scenario}: counts of other requests than were made");
+    counts.into_iter().min().unwrap_or_default()
+}
+
+/// What one of callgrind's files sums up to.
+fn total(path: &Path) -> Option<u64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("summary:").or(line.strip_prefix("totals:")));
+    Some(line.unwrap().trim().parse().unwrap())
 }

@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
@@ -24,7 +23,7 @@ import time
 import models
 import performance
 import ratios
-from serving import BINARY, REPOSITORY, Server, before_others, environment, memory, say
+from serving import BINARY, REPOSITORY, Server, before_others, environment, say, stop
 
 TARGET = REPOSITORY / "target"
 RESULTS, RESULTS_QUICK = TARGET / "bench-results.json", TARGET / "bench-results-quick.json"
@@ -36,6 +35,7 @@ CLIENTS = (1, 8, 32, 64)
 ITEMS = 4  # different requests of a workload; large ones are one
 LARGE_BYTES = 100_000
 CELL_SECONDS = 600
+QUIET_RATE, QUIET_SECONDS, GREEDY_CLIENTS = 50, 3, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +123,7 @@ class Servers:
         if name not in self.open:
             registry = models.FOLDER
             if settings is not None:
-                registry = self.folder / name
-                for each in [model] if model else models.MODELS:
-                    (registry / each).mkdir(parents=True)
-                    (registry / each / "1").symlink_to(models.FOLDER / each / "1")
-                    (registry / each / "model.toml").write_text(settings)
+                registry = models.linked(self.folder / name, [model] if model else models.MODELS, settings)
             self.open[name] = self.stack.enter_context(Server(registry, CACHE, **variables))
         return self.open[name]
 
@@ -188,6 +184,39 @@ def pair(effort, workload, protocol, clients, server, other=None, *more):
     return {"ours": side(ours), "theirs": side(theirs)}
 
 
+def quiet_beside_greedy(effort, server):
+    """A model that is asked now and then, alone and while two others are asked without end."""
+    quiet, greedy = WORKLOADS[1], (WORKLOADS[2], WORKLOADS[4])
+    asked = ["--url", server.url, "--protocol", "binary"]
+    now_and_then = ["--rate", QUIET_RATE, "--rounds", 1, "--duration", f"{QUIET_SECONDS * effort.scale}s", "--warm-up", "0s"]
+    sides = {"alone": [], "beside": []}
+    for number in range(effort.rounds):
+        for where in ("alone", "beside") if number % 2 else ("beside", "alone"):
+            with asking(server, greedy if where == "beside" else ()):
+                report = bench(*asked, *now_and_then, "--model", quiet.model, "--data", quiet.data(), "--seed", number)
+            sides[where] += side(report["cells"][0]["sides"][0])["p99"]
+    return sides
+
+
+@contextlib.contextmanager
+def asking(server, workloads):
+    """Each workload by clients of its own, all the time."""
+    processes = []
+    for workload in workloads:
+        command = [BINARY, "bench", "--url", server.url, "--model", workload.model, "--data", workload.data()]
+        command += ["--concurrency", GREEDY_CLIENTS, "--rounds", 1, "--duration", f"{CELL_SECONDS}s", "--warm-up", "0s"]
+        command = [str(part) for part in command]
+        processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0))
+    try:
+        time.sleep(1.0 if processes else 0.0)
+        if any(process.poll() is not None for process in processes):
+            raise RuntimeError("a greedy client has ended")
+        yield
+    finally:
+        for process in processes:
+            stop(process)
+
+
 def engine_alone(effort, workload, cell=None):
     """Every sensible batch × instances × threads of the engine without a server, or one of them again."""
     seconds = f"{round(1000 * effort.scale * workload.seconds)}ms"
@@ -223,6 +252,8 @@ class Plan:
         for workload in self.effort.workloads:
             yield from self.ceilings(workload)
             yield from self.comparisons(workload)
+        seconds = self.effort.rounds * (2 * QUIET_SECONDS * self.effort.scale + 2.5)
+        yield Step("fair/quiet beside two greedy", seconds, lambda: quiet_beside_greedy(self.effort, self.tuned()))
         if any(workload.model == MIXED.model for workload in self.effort.workloads):
             yield from self.comparisons(MIXED)
 
@@ -280,29 +311,22 @@ class Plan:
 
     def starting(self):
         """Before anything else runs."""
-        empty = pathlib.Path(self.servers.folder) / "empty"
-        empty.mkdir()
-        yield Step("start/empty", 2, lambda: started(empty, 1))
+        # Only what is asked for, and nothing is.
+        yield Step("start/empty", 2, lambda: started(EXAMPLES, 1, "--model-control", "explicit"))
         for name, registry in (("examples", EXAMPLES), ("matrix", models.FOLDER)):
             yield Step(f"start/{name}", 6 * self.effort.starts, lambda r=registry: started(r, self.effort.starts))
         for model in dict.fromkeys(workload.model for workload in self.effort.workloads):
             registry = self.servers.folder / f"only-{model}"
-            yield Step(f"start/{model}", 4, lambda r=registry, m=model: started(alone(r, m), 1))
+            yield Step(f"start/{model}", 4, lambda r=registry, m=model: started(models.linked(r, [m]), 1))
 
 
-def alone(registry, model):
-    registry.mkdir()
-    (registry / model).symlink_to(models.FOLDER / model)
-    return registry
-
-
-def started(registry, times):
+def started(registry, times, *flags):
     """Seconds until ready, with nothing remembered and then with what the first start left; memory then."""
     first, second, held = [], [], []
     for _ in range(times):
         with tempfile.TemporaryDirectory(dir=TARGET) as cache:
             for seconds in (first, second):
-                with Server(registry, cache, TIDEGATE_LAME_DUCK="0s") as server:
+                with Server(registry, cache, *flags, TIDEGATE_LAME_DUCK="0s") as server:
                     seconds.append(server.seconds_to_ready)
                     held.append(server.memory())
     return {"first": first, "second": second, "memory": held}
@@ -316,6 +340,7 @@ def main():
     parser.add_argument("--only", default="", help="keys that begin with one of these, with commas between")
     parser.add_argument("--report", action="store_true", help="write the page from what was measured, and no more")
     options = parser.parse_args()
+    failed = 0
     quick, fresh = os.environ.get("QUICK", "") == "1", os.environ.get("FRESH", "") == "1"
     effort = QUICK if quick else FULL
     results = Results(RESULTS_QUICK if quick else RESULTS, fresh)
@@ -323,7 +348,7 @@ def main():
         models.write()
         with before_others() as raised, Servers() as servers:
             results.about |= performance.surroundings() | {"raised": raised, "rounds": effort.rounds}
-            measure(Plan(effort, results, servers), results, tuple(options.only.split(",")))
+            failed = measure(Plan(effort, results, servers), results, tuple(options.only.split(",")))
         shutil.rmtree(CACHE, ignore_errors=True)
     page = performance.matrix(results.about, results.measured)
     if quick:
@@ -331,20 +356,28 @@ def main():
     else:
         performance.put("matrix", page)
         say(f"written to {performance.PAGE.relative_to(REPOSITORY)}")
+    if failed:
+        raise SystemExit(f"{failed} measurements failed; the next run tries them again")
 
 
 def measure(plan, results, only):
     steps = [step for step in plan.steps() if step.key.startswith(only)]
     todo = [step for step in steps if step.key not in results.measured]
     say(f"{len(steps)} measurements, {len(steps) - len(todo)} of them kept; about {minutes(todo)} to go")
-    begun, planned = time.monotonic(), 0.0
+    begun, planned, failed = time.monotonic(), 0.0, 0
     for number, step in enumerate(todo):
-        results.keep(step.key, step.run())
         planned += step.seconds
+        try:
+            results.keep(step.key, step.run())
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            failed += 1
+            say(f"[{number + 1}/{len(todo)}] {step.key} failed: {error}")
+            continue
         # What steps took so far, against what they were expected to.
         pace = (time.monotonic() - begun) / planned
         left = minutes(todo[number + 1 :], pace)
         say(f"[{number + 1}/{len(todo)}] {performance.line(step.key, results.measured[step.key])}; {left} to go")
+    return failed
 
 
 def minutes(steps, pace=1.0):

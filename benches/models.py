@@ -206,14 +206,23 @@ def as_json(inputs):
     return f'{{"inputs":[{",".join(parts)}]}}'
 
 
-def write(folder=FOLDER, names=tuple(MODELS), settings=None):
-    """A registry with these models, each with the same `model.toml` if there is one. Kept where it is there already."""
+def write(folder=FOLDER, names=tuple(MODELS)):
+    """A registry of these models. Kept where it is there already."""
     for name in names:
         path = folder / name / "1/model.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
         content = MODELS[name]()
         if not path.exists() or path.read_bytes() != content:
             path.write_bytes(content)
+    return folder
+
+
+def linked(folder, names=tuple(MODELS), settings=None):
+    """Another registry of models that are written, each with the same `model.toml` if there is one. Hard links: the
+    server follows no symbolic ones out of a registry."""
+    for name in names:
+        (folder / name / "1").mkdir(parents=True)
+        (folder / name / "1/model.onnx").hardlink_to(FOLDER / name / "1/model.onnx")
         if settings is not None:
             (folder / name / "model.toml").write_text(settings)
     return folder

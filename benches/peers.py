@@ -150,9 +150,7 @@ def main():
     models.write()
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     with before_others(), tempfile.TemporaryDirectory(dir=REPOSITORY / "target") as folder:
-        registry = pathlib.Path(folder)
-        for workload in WORKLOADS:
-            (registry / workload.model).symlink_to(models.FOLDER / workload.model)
+        registry = models.linked(pathlib.Path(folder), [workload.model for workload in WORKLOADS])
         results.about |= performance.surroundings() | {"rounds": EFFORT.rounds}
         with Server(registry, matrix.CACHE) as server:
             for peer in peers:

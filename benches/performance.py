@@ -192,7 +192,10 @@ def targets(m):
             cells = {clients: samples for clients, samples in cells.items() if samples}
             if cells:
                 worst = min(cells, key=lambda clients: statistics.median(cells[clients]))
-                yield f"{workload}, {worst} clients, its worst: {what}", cells[worst], bound, True, ratios.show
+                yield f"{workload}, {worst} client(s), its worst: {what}", cells[worst], bound, True, ratios.show
+    fair = m.measured.get("fair/quiet beside two greedy")
+    what = "digits_cnn at 50/s beside encoder_32 and mobilenet, 16 clients each: p99 over alone"
+    yield what, fair and ratios.paired(fair["beside"], fair["alone"]), 1.5, False, ratios.show
     start = m.measured.get("start/examples")
     milliseconds = start and [1000 * seconds for seconds in start["second"]]
     yield "example registry, second start: ms until ready", milliseconds, 300, False, lambda s: ratios.show(s, 0)

@@ -120,7 +120,8 @@ def measured():
     start = {"first": [0.5], "second": [0.2], "memory": [{"rss": 64 << 20, "pss": 32 << 20}]}
     engine = {f"engine/encoder_32/binary/{when}": again for when in ("before", "after")}
     cells = {f"{kind}/encoder_32/binary/8": pair for kind in ("echo", "unbatched", "fixed", "unmonitored")}
-    starts = {"start/empty": start, "start/examples": start}
+    fair = {"fair/quiet beside two greedy": {"alone": [2.0] * 11, "beside": [4.0] * 11}}
+    starts = fair | {"start/empty": start, "start/examples": start}
     return {"engine/encoder_32": CELLS, "echo/encoder_32/binary/1": pair} | engine | cells | starts
 
 
@@ -130,6 +131,7 @@ def test_the_page_tells_every_measurement_and_its_target():
     of_ceiling = 270 / ratios.composed(285, 50_000)
     assert f"| encoder_32, REST, binary, 8 clients: of the ceiling | {of_ceiling:.2f} (" in page
     assert f"latency over the best layout's | {6.0 / 5.9:.2f} (1.02–1.02) | ≤ 1.1 | met |" in page
+    assert "p99 over alone | 2.00 (2.00–2.00) | ≤ 1.5 | missed |" in page
     assert "| 285/s | 2 × 1, 8 rows | 5.9 ms | 1: 8.3 ms, 2: 5.9 ms |" in page
     assert "| examples | 500 ms | 200 ms | 64 MiB | 32 MiB | +0 MiB |" in page
     for title in ("Targets", "Batching, over none", "Monitoring, over none", "Chosen by itself"):
