@@ -5,7 +5,7 @@ of two servers that take turns, round by round, under one client (`tidegate benc
 rounds' ratios with their interval at 95 %. What was measured is kept in target/bench-results.json as it comes, so that
 a run that was cut off goes on where it was; another binary starts afresh. docs/performance.md is written in the end.
 
-The engine's own figure is measured before and after every protocol's cells, since it has no rounds to be paired with.
+The engine's own figure is measured in the midst of every protocol's cells, since it has no rounds to be paired with.
 """
 
 import argparse
@@ -34,6 +34,7 @@ PROTOCOLS = ("json", "binary", "grpc")
 CLIENTS = (1, 8, 32, 64)
 ITEMS = 4  # different requests of a workload; large ones are one
 LARGE_BYTES = 100_000
+SHARING = (8, 32)  # clients, where a fixed setting for many is of use
 CELL_SECONDS = 600
 QUIET_RATE, QUIET_SECONDS, GREEDY_CLIENTS = 50, 3, 16
 
@@ -63,13 +64,13 @@ class Workload:
 WORKLOADS = [
     Workload("mlp", "mlp", seconds=0.3),
     Workload("digits_cnn", "digits_cnn", seconds=0.3),
-    Workload("encoder_32", "encoder", (32,), seconds=0.6),
-    Workload("encoder_128", "encoder", (128,), seconds=1.0),
-    Workload("mobilenet", "mobilenet", seconds=0.6),
-    Workload("identity_1mib", "identity_1mib", seconds=0.4),
+    Workload("encoder_32", "encoder", (32,), seconds=0.5),
+    Workload("encoder_128", "encoder", (128,), seconds=0.8),
+    Workload("mobilenet", "mobilenet", seconds=0.5),
+    Workload("identity_1mib", "identity_1mib", seconds=0.3),
 ]
 # Only against batching switched off and the best fixed setting: what changes there is how requests share batches.
-MIXED = Workload("encoder_mixed", "encoder", (8, 24, 48, 100, 16, 128, 12, 64), seconds=0.8)
+MIXED = Workload("encoder_mixed", "encoder", (8, 24, 48, 100, 16, 128, 12, 64), seconds=0.6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,14 +218,26 @@ def asking(server, workloads):
             stop(process)
 
 
-def engine_alone(effort, workload, cell=None):
-    """Every sensible batch × instances × threads of the engine without a server, or one of them again."""
-    seconds = f"{round(1000 * effort.scale * workload.seconds)}ms"
-    only = ["--rows", cell["rows"], "--instances", cell["instances"], "--threads", cell["threads"]] if cell else []
-    folder = models.FOLDER / workload.model
-    report = bench("--in-process", folder, "--data", workload.data(), "--duration", seconds, *only)
-    kept = ("rows", "instances", "threads", "rows_per_second", "p50")
-    return [{name: cell[name] for name in kept} for cell in report["cells"]]
+def engine_alone(effort, workload, batches=None, rounds=1):
+    """Every sensible batch × instances × threads of the engine without a server, or those of some batches."""
+    report = bench(
+        *("--in-process", models.FOLDER / workload.model, "--rounds", rounds),
+        *("--duration", f"{round(1000 * effort.scale * workload.seconds)}ms"),
+        *(["--lengths", workload.lengths[0]] if workload.lengths[0] else []),
+        *(["--batches", ",".join(map(str, batches))] if batches else []),
+    )
+    [ceiling] = report["ceilings"]
+    figures = {"rows_per_second": "rows_per_second", "p50": "p50_ms"}
+    return [
+        {name: cell[name] for name in ("rows", "instances", "threads")}
+        | {name: cell[said]["median"] for name, said in figures.items()}
+        for cell in ceiling["cells"]
+    ]
+
+
+def same_setting(cells, wanted):
+    setting = lambda cell: (cell["rows"], cell["instances"], cell["threads"])  # noqa: E731
+    return next(cell for cell in cells if setting(cell) == setting(wanted))
 
 
 # --- what is measured --------------------------------------------------------------------------------
@@ -267,18 +280,19 @@ class Plan:
     def ceilings(self, workload):
         seconds = self.effort.scale * workload.seconds
         key = f"engine/{workload.name}"
-        yield Step(key, 18 * seconds, lambda: engine_alone(self.effort, workload))
+        yield Step(key, 18 * seconds + 2, lambda: engine_alone(self.effort, workload))
 
         def again():
             cells = self.results.measured[key]
             wanted = {"best": ratios.best_cell(cells), "single": ratios.best_single(cells)}
-            return {name: engine_alone(self.effort, workload, cell)[0] for name, cell in wanted.items()}
+            batches = sorted({cell["rows"] for cell in wanted.values()})
+            again = engine_alone(self.effort, workload, batches, rounds=2)
+            return {name: same_setting(again, cell) for name, cell in wanted.items()}
 
         for protocol in self.effort.protocols:
-            yield Step(f"{key}/{protocol}/before", 3 * seconds, again)
-            for clients in self.effort.clients:
-                yield self.compared("echo", workload, protocol, clients, lambda: None)
-            yield Step(f"{key}/{protocol}/after", 3 * seconds, again)
+            cells = [self.compared("echo", workload, protocol, n, lambda: None) for n in self.effort.clients]
+            cells.insert(len(cells) // 2, Step(f"{key}/{protocol}", 12 * seconds + 2, again))
+            yield from cells
 
     def compared(self, name, workload, protocol, clients, other):
         def run():
@@ -294,7 +308,7 @@ class Plan:
             for clients in self.effort.clients:
                 yield self.compared("unmonitored", workload, "binary", clients, self.unmonitored)
         for clients in self.effort.clients:
-            if clients > 1:
+            if clients in SHARING:
                 yield self.compared("fixed", workload, "binary", clients, lambda: self.fixed(workload))
 
     def unbatched(self):

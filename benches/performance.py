@@ -86,16 +86,13 @@ class Measured:
         return cell and ratios.paired(cell["ours"]["per_second"], cell["theirs"]["per_second"])
 
     def engine(self, workload, protocol, which, figure):
-        """As measured around the protocol's cells."""
-        sides = [self.measured.get(f"engine/{workload}/{protocol}/{when}") for when in ("before", "after")]
-        figures = [side[which][figure] for side in sides if side]
-        return statistics.mean(figures) if figures else None
+        """As measured in the midst of the protocol's cells."""
+        again = self.measured.get(f"engine/{workload}/{protocol}")
+        return again and again[which][figure]
 
     def of_ceiling(self, workload, protocol, clients):
-        cell, engine = (
-            self.cell("echo", workload, protocol, clients),
-            self.engine(workload, protocol, "best", "rows_per_second"),
-        )
+        cell = self.cell("echo", workload, protocol, clients)
+        engine = self.engine(workload, protocol, "best", "rows_per_second")
         if cell and engine:
             return ratios.of_ceiling(cell["ours"]["per_second"], engine, cell["theirs"]["per_second"])
         return None
@@ -243,9 +240,9 @@ def matrix(about, measured):
         ("Of the bare transport", by_clients(m, "echo", PROTOCOLS, of_echo)),
         ("Latency: p50 / p99", by_clients(m, "echo", PROTOCOLS, latency)),
         ("The engine alone", ceilings(m)),
-        ("Batching, over none", against("unbatched")),
-        ("Chosen by itself, over the best fixed setting", against("fixed")),
-        ("Monitoring, over none", against("unmonitored")),
+        ("Batching, over none, REST, binary", against("unbatched")),
+        ("Chosen by itself, over the best fixed setting, REST, binary", against("fixed")),
+        ("Monitoring, over none, REST, binary", against("unmonitored")),
         ("Start and memory", starting(m, about)),
     ]
     return "\n".join((f"### {title}\n\n" if title else "") + text for title, text in parts if text)

@@ -118,7 +118,7 @@ def measured():
     pair = {"ours": side(270.0), "theirs": side(50_000.0)}
     again = {"best": CELLS[3], "single": CELLS[1]}
     start = {"first": [0.5], "second": [0.2], "memory": [{"rss": 64 << 20, "pss": 32 << 20}]}
-    engine = {f"engine/encoder_32/binary/{when}": again for when in ("before", "after")}
+    engine = {"engine/encoder_32/binary": again}
     cells = {f"{kind}/encoder_32/binary/8": pair for kind in ("echo", "unbatched", "fixed", "unmonitored")}
     fair = {"fair/quiet beside two greedy": {"alone": [2.0] * 11, "beside": [4.0] * 11}}
     starts = fair | {"start/empty": start, "start/examples": start}
