@@ -48,9 +48,9 @@ fn through_engine(runtime: &Runtime) {
 }
 
 fn through_rest(runtime: &Runtime, rows: usize, asked: Form, answered: Form) {
-    let (input, router, _served) = rest::router();
+    let (input, service, _served) = rest::service();
     let sent = rest::request(&input, rows, asked, answered);
-    repeat(|| runtime.block_on(rest::post(router.clone(), &sent)));
+    repeat(|| runtime.block_on(rest::post(&service, &sent)));
 }
 
 fn through_grpc(runtime: &Runtime, rows: usize, raw: bool) {

@@ -1,4 +1,4 @@
-//! A request through the REST router on an engine that answers at once. What is written as JSON and what is binary is
+//! A request through the REST service on an engine that answers at once. What is written as JSON and what is binary is
 //! chosen for each direction alone, so that what a direction costs is a difference between two lines.
 
 use axum::body::{Body, Bytes};
@@ -7,8 +7,7 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use http_body_util::BodyExt;
 use tidegate::backend::Model;
 use tidegate::backend::fake::Fake;
-use tidegate::protocol::rest;
-use tower::ServiceExt;
+use tidegate::protocol::{Service, rest};
 
 use crate::engine::{Served, WIDTH, serve};
 
@@ -46,29 +45,29 @@ pub fn request(input: &str, rows: usize, asked: Form, answered: Form) -> Sent {
     }
 }
 
-pub async fn post(router: axum::Router, sent: &Sent) {
+pub async fn post(service: &Service, sent: &Sent) {
     let mut request = Request::post("/v2/models/sentinel/infer").header("content-length", sent.body.len());
     if let Some(length) = sent.json_length {
         request = request.header("inference-header-content-length", length);
     }
-    let response = router.oneshot(request.body(Body::from(sent.body.clone())).unwrap()).await.unwrap();
+    let response = service.call(request.body(Body::from(sent.body.clone())).unwrap()).await;
     assert_eq!(response.status(), 200);
     response.into_body().collect().await.unwrap();
 }
 
-/// The input's name, a router, and what it needs to stay alive.
-pub fn router() -> (String, axum::Router, Served) {
+/// The input's name, the service, and what it needs to stay alive.
+pub fn service() -> (String, Service, Served) {
     let fake = Fake::echo(WIDTH);
     let input = fake.signature().inputs[0].name.to_string();
     let served = serve(fake);
-    (input, rest::router(served.engine.clone(), rest::Config::default()), served)
+    (input, rest::service(served.engine.clone(), rest::Config::default()), served)
 }
 
 pub fn group() {
     let mut criterion = Criterion::default().configure_from_args();
     let mut group = criterion.benchmark_group("rest");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let (input, router, _served) = router();
+    let (input, service, _served) = service();
     for rows in [1, 128, 16_384] {
         group.throughput(Throughput::Elements((rows * WIDTH) as u64));
         for (name, asked, answered) in [
@@ -79,7 +78,7 @@ pub fn group() {
         ] {
             let sent = request(&input, rows, asked, answered);
             group.bench_function(BenchmarkId::new(name, format!("{rows}x{WIDTH}")), |b| {
-                b.iter(|| runtime.block_on(post(router.clone(), &sent)));
+                b.iter(|| runtime.block_on(post(&service, &sent)));
             });
         }
     }
