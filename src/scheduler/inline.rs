@@ -1,19 +1,24 @@
-//! Runs a request on the thread that submits it, where handing it to a worker and back would take longer than the run.
+//! Runs requests on the thread that submits them, where handing them to a worker and back would take longer than the run.
 //!
-//! Owns whether it may, and the run. Invariants: nothing is overtaken, since the queue is empty; nothing is waited for,
-//! since the instance is idle and promised to nobody; the thread is held for about [`Config::longest_inline`]. The compute
-//! gate is for workers: I/O threads share the cores with them anyway, and spend more on a JSON body than on such a run.
+//! A request that comes alone runs at once. Where they come so fast that several are there whenever a thread looks, the
+//! first of them, the collector, lets the thread read the others before it runs all that are queued as one batch: a run of
+//! many takes little longer than a run of one.
+//!
+//! Owns whether it may be, and the run. Invariants: nothing is overtaken: what runs at once finds an empty queue, and a
+//! collector takes what a worker would; nothing is waited for,
+//! since the instance is idle and promised to nobody; the thread is held for about [`Config::longest_inline`]. A collector
+//! whose own caller leaves calls a worker in its stead. The compute gate is for workers: I/O threads share the cores with them anyway, and spend more on a JSON body than on such a run.
 //!
 //! Runs on the caller's thread, an I/O thread mostly. What the caller is not told of the instance, a panic for one, is
 //! settled by the guard that holds it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 #[cfg(doc)]
 use super::Config;
-use super::{Answer, Positions, Shared, blame, lock};
+use super::{Answer, Positions, Shared, State, Worker, blame, lock};
 use crate::backend::Instance;
 use crate::error::Result;
 use crate::monitor::events::BatchExecuted;
@@ -56,6 +61,31 @@ impl Quickness {
     }
 }
 
+/// Whether requests come so fast that it pays to collect them.
+#[derive(Default)]
+pub(super) struct Pace {
+    /// Requests that ran at once since others were last looked for; [`LOOKED_FOR_AFTER`] while it pays.
+    alone: AtomicU32,
+}
+
+/// Looking for others costs a turn of the thread's scheduler.
+const LOOKED_FOR_AFTER: u32 = 32;
+/// Requests in a batch that pay for queueing them and waking their callers.
+const WORTH_COLLECTING: usize = 3;
+
+impl Pace {
+    fn collects(&self) -> bool {
+        let alone = self.alone.load(Ordering::Relaxed);
+        self.alone.store((alone + 1).min(LOOKED_FOR_AFTER), Ordering::Relaxed);
+        alone >= LOOKED_FOR_AFTER
+    }
+
+    fn collected(&self, requests: usize) {
+        let alone = if requests >= WORTH_COLLECTING { LOOKED_FOR_AFTER } else { 0 };
+        self.alone.store(alone, Ordering::Relaxed);
+    }
+}
+
 fn size(bytes: usize) -> Option<usize> {
     (bytes < MOST_BYTES).then(|| bytes.checked_ilog2().map_or(0, |digits| digits as usize + 1))
 }
@@ -66,9 +96,8 @@ impl Shared {
         let bytes = prepared.input_bytes();
         let started = Instant::now();
         let expired = prepared.deadline.is_some_and(|deadline| deadline <= started);
-        let expected =
-            self.quickness.expect(bytes).filter(|expected| *expected <= self.config.longest_inline && !expired);
-        let Some(mut turn) = expected.and_then(|_| self.inline_turn()) else {
+        let at_once = !expired && self.is_quick(bytes) && !self.pace.collects();
+        let Some(mut turn) = at_once.then(|| self.inline_turn()).flatten() else {
             return Ok(Inline::NotNow(prepared, permit));
         };
         let result = self.run_engine(&mut turn.instance, &[&prepared.inputs]);
@@ -91,17 +120,36 @@ impl Shared {
         BatchExecuted { version, requests: 1, rows, data, padding, input, gather_and_compute, split, failed }.emit();
     }
 
+    /// Versions whose owners want company for their requests have no quick ones.
+    fn is_quick(&self, bytes: usize) -> bool {
+        let expected = self.quickness.expect(bytes).filter(|_| self.config.max_delay.is_zero());
+        expected.is_some_and(|expected| expected <= self.config.longest_inline)
+    }
+
+    /// The group that computes on one core, if it has an instance for a thread that is not its own.
+    fn lends(&self, state: &State) -> Option<usize> {
+        let group = self.engines.iter().position(|engine| engine.cores == 1)?;
+        (!state.closed && state.has_spare(group)).then_some(group)
+    }
+
+    /// For a request of so many bytes that was just queued: a worker to run it and what comes until then, here, where none
+    /// is on its way.
+    pub(super) fn collector(self: &Arc<Self>, state: &mut State, bytes: usize) -> Option<Worker> {
+        let group = self.lends(state).filter(|_| self.is_quick(bytes))?;
+        let nobody_comes = state.slots.iter().all(|slots| slots.heading == 0);
+        nobody_comes.then(|| Worker::lend(self, state, group))
+    }
+
+    /// Lets this thread look after its other connections, and then runs what they have brought, too.
+    pub(super) async fn collect(&self, collector: Worker) {
+        tokio::task::yield_now().await;
+        self.pace.collected(collector.one_turn());
+    }
+
     /// An instance of one thread on the CPU, if it is this request's turn.
     fn inline_turn(self: &Arc<Self>) -> Option<Turn<'_>> {
         let mut state = lock(&self.state);
-        let waits = !self.config.max_delay.is_zero();
-        if waits || state.closed || !state.batcher.is_empty() {
-            return None;
-        }
-        let group = self.engines.iter().position(|engine| engine.cores == 1)?;
-        if !state.has_spare(group) {
-            return None;
-        }
+        let group = self.lends(&state).filter(|_| state.batcher.is_empty())?;
         let instance = state.take_idle(group);
         state.inline += 1;
         Some(Turn { shared: self, group, instance })

@@ -48,9 +48,9 @@ use crate::request::{Permit, Prepared, Priority, Timings};
 use crate::tensor::{Ragged, Tensor};
 use batcher::{Batcher, Entry, Readiness};
 use fair::Room;
-use inline::{Inline, Quickness};
+use inline::{Inline, Pace, Quickness};
 use limit::{Limits, Queued, Sealing};
-use worker::{Positions, blame};
+use worker::{Positions, Worker, blame};
 
 pub use cost::Sample;
 pub use gate::{Account, Gate};
@@ -153,6 +153,7 @@ struct Shared {
     /// False once demoted.
     batching: AtomicBool,
     quickness: Quickness,
+    pace: Pace,
     state: Mutex<State>,
     /// `join` waits here for workers to end.
     ended: Condvar,
@@ -334,6 +335,7 @@ impl Scheduler {
                 name: name.into(),
                 batching: AtomicBool::new(config.batching),
                 quickness: Quickness::default(),
+                pace: Pace::default(),
                 engines,
                 outputs,
                 config,
@@ -356,7 +358,10 @@ impl Scheduler {
             Inline::NotNow(prepared, permit) => (prepared, permit),
         };
         let deadline = prepared.deadline;
-        let (waiting, answer) = self.shared.enqueue(prepared, permit)?;
+        let (waiting, answer, collector) = self.shared.enqueue(prepared, permit)?;
+        if let Some(collector) = collector {
+            self.shared.collect(collector).await;
+        }
         let answered = match deadline {
             None => answer.await,
             Some(deadline) => timeout_at(deadline.into(), answer).await.map_err(|_| expired())?,
@@ -422,7 +427,7 @@ impl Shared {
         self: &Arc<Self>,
         prepared: Prepared,
         permit: Permit,
-    ) -> Result<(Waiting<'_>, oneshot::Receiver<Result<Answer>>)> {
+    ) -> Result<(Waiting<'_>, oneshot::Receiver<Result<Answer>>, Option<Worker>)> {
         let bytes = prepared.input_bytes();
         let Prepared { inputs, outputs, rows, key, length, deadline, priority } = prepared;
         let extent = length.or_else(|| (!key.is_empty()).then(|| extent(&inputs, rows)));
@@ -440,11 +445,12 @@ impl Shared {
         let full = state.full(extent);
         let ticket = state.batcher.push(Entry { key, priority, rows, full, bytes, arrived: now, item: job });
         self.emit_queue(&state);
+        let collector = self.collector(&mut state, bytes);
         let call = self.summon(&mut state);
         let filled = state.filled(now);
         drop(state);
         self.wake(call, filled);
-        Ok((Waiting { shared: self, ticket: Some(ticket) }, answer))
+        Ok((Waiting { shared: self, ticket: Some(ticket) }, answer, collector))
     }
 
     fn check_admits(&self, state: &State, bytes: usize) -> Result<()> {

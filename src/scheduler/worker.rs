@@ -21,7 +21,7 @@ use crate::tensor::{Ragged, Tensor};
 /// What Linux keeps of a thread's name.
 const MAX_THREAD_NAME_BYTES: usize = 15;
 
-struct Worker {
+pub(super) struct Worker {
     shared: Arc<Shared>,
     /// Whose instance it owns.
     group: usize,
@@ -29,6 +29,8 @@ struct Worker {
     instance: Option<Box<dyn Instance>>,
     /// Its instance is in the pool.
     rested: bool,
+    /// Works on a thread that is not its own, for one turn: counted in `State::inline`.
+    lent: bool,
     /// Makes one more instance first: `State::growing`.
     growing: bool,
     /// An instance cannot be made: its place is given up when it ends.
@@ -90,21 +92,8 @@ impl Shared {
         let name = thread_name(&self.name, state.workers);
         let shared = Arc::clone(self);
         let begin = move || {
-            let worker = Worker {
-                shared,
-                group,
-                instance,
-                rested: false,
-                growing,
-                gives_up: false,
-                heading,
-                returning: false,
-                running: 0,
-                running_rows: 0,
-                learned: None,
-                warm: false,
-                executed: Vec::new(),
-            };
+            let mut worker = Worker::new(shared, group, instance);
+            (worker.growing, worker.heading) = (growing, heading);
             worker.work();
         };
         let spawned = thread::Builder::new().name(name).spawn(begin);
@@ -177,6 +166,44 @@ impl Shared {
 }
 
 impl Worker {
+    fn new(shared: Arc<Shared>, group: usize, instance: Option<Box<dyn Instance>>) -> Worker {
+        Worker {
+            shared,
+            group,
+            instance,
+            rested: false,
+            lent: false,
+            growing: false,
+            gives_up: false,
+            heading: false,
+            returning: false,
+            running: 0,
+            running_rows: 0,
+            learned: None,
+            warm: false,
+            executed: Vec::new(),
+        }
+    }
+
+    /// On its way to the queue, on the thread that asks for it.
+    pub(super) fn lend(shared: &Arc<Shared>, state: &mut State, group: usize) -> Worker {
+        let instance = state.take_idle(group);
+        state.inline += 1;
+        let mut worker = Worker::new(Arc::clone(shared), group, instance);
+        (worker.lent, worker.warm) = (true, true);
+        worker.set_heading(state, true);
+        worker
+    }
+
+    /// Takes, runs and answers one batch. How many requests it had.
+    pub(super) fn one_turn(mut self) -> usize {
+        let jobs = self.take();
+        let requests = jobs.len();
+        self.serve(jobs);
+        self.record();
+        requests
+    }
+
     fn work(mut self) {
         if self.growing && !self.grow() {
             return;
@@ -486,7 +513,11 @@ impl Drop for Worker {
         self.set_heading(&mut state, false);
         self.count_out(&mut state);
         state.returning -= usize::from(self.returning);
-        state.workers -= 1;
+        if self.lent {
+            state.inline -= 1
+        } else {
+            state.workers -= 1
+        }
         match instance {
             Some(instance) => state.instances.push((self.group, instance)),
             None if self.rested => {}
