@@ -133,6 +133,33 @@ impl QueueChanged<'_> {
     }
 }
 
+/// What a version has learned from its latest run.
+pub struct RunLearned<'a> {
+    pub version: &'a VersionMonitor,
+    /// Rows that batches are filled up to from now on.
+    pub batch_limit: usize,
+    /// Of a run of so many rows. `None`: too little is known.
+    pub expected: Option<Duration>,
+    /// Of the run.
+    pub threads: usize,
+}
+
+impl RunLearned<'_> {
+    pub fn emit(self) {
+        let RunLearned { version, batch_limit, expected, threads } = self;
+        let before = version.batch_limit.swap(batch_limit, Ordering::Relaxed);
+        let nanos = expected.map_or(0, |expected| u64::try_from(expected.as_nanos()).unwrap_or(u64::MAX));
+        version.expected_run_nanos.store(nanos, Ordering::Relaxed);
+        version.run_threads.store(threads, Ordering::Relaxed);
+        if before != batch_limit {
+            tracing::debug!(
+                model = %version.model, version = %version.version, rows = batch_limit,
+                expected_us = nanos / 1000, "batch limit"
+            );
+        }
+    }
+}
+
 /// A request was refused because its version's queue is full.
 pub struct QueueRejected<'a> {
     pub version: &'a VersionMonitor,

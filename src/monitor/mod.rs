@@ -21,7 +21,7 @@ mod process;
 mod statistics;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -125,6 +125,9 @@ impl Monitor {
             queue_requests: AtomicUsize::new(0),
             queue_bytes: AtomicUsize::new(0),
             running: AtomicUsize::new(0),
+            batch_limit: AtomicUsize::new(0),
+            expected_run_nanos: AtomicU64::new(0),
+            run_threads: AtomicUsize::new(0),
             ready: AtomicBool::new(false),
             info: Mutex::default(),
             statistics: Mutex::default(),
@@ -189,6 +192,11 @@ pub struct VersionMonitor {
     queue_requests: AtomicUsize,
     queue_bytes: AtomicUsize,
     running: AtomicUsize,
+    /// 0 until it has run.
+    batch_limit: AtomicUsize,
+    /// Of a batch of so many rows; 0 where that is not known.
+    expected_run_nanos: AtomicU64,
+    run_threads: AtomicUsize,
     ready: AtomicBool,
     info: Mutex<Option<Info>>,
     statistics: Mutex<Statistics>,
@@ -259,6 +267,10 @@ fn write_versions(out: &mut String, versions: &[Arc<VersionMonitor>]) {
     gauge(&names::QUEUE_DEPTH, &|version| Some(version.queue_requests.load(Ordering::Relaxed) as f64));
     gauge(&names::QUEUE_BYTES, &|version| Some(version.queue_bytes.load(Ordering::Relaxed) as f64));
     gauge(&names::RUNNING, &|version| Some(version.running.load(Ordering::Relaxed) as f64));
+    let known = |value: f64| (value > 0.0).then_some(value);
+    gauge(&names::BATCH_LIMIT, &|version| known(version.batch_limit.load(Ordering::Relaxed) as f64));
+    gauge(&names::EXPECTED_RUN, &|version| known(version.expected_run_nanos.load(Ordering::Relaxed) as f64 / 1e9));
+    gauge(&names::RUN_THREADS, &|version| known(version.run_threads.load(Ordering::Relaxed) as f64));
     gauge(&names::MODEL_READY, &|version| Some(f64::from(u8::from(version.is_ready()))));
     gauge(&names::MODEL_LOAD, &|version| version.info().as_ref().map(|info| info.load.as_secs_f64()));
     let mut family = Family::new(out, &names::MODEL_INFO);
@@ -447,6 +459,8 @@ mod tests {
         EnginePresent { backend: "fake", version: "1.0" }.emit(&monitor);
         InFlight { requests: 3, bytes: 400, pool_queued: 7, pool_running: 1 }.emit(&monitor);
         QueueChanged { version: &version, requests: 2, bytes: 64, running: 5 }.emit();
+        let expected = Some(Duration::from_millis(4));
+        RunLearned { version: &version, batch_limit: 8, expected, threads: 2 }.emit();
         version.fold(&[floats(&[2, 2], vec![0.25, 0.75, 1.0, 0.0]), floats(&[2], vec![1.5, f32::NAN])]);
         execute(&version, 2, false);
         execute(&version, 7, true);
@@ -503,6 +517,9 @@ mod tests {
             (format!("tidegate_queue_depth{{{v}}}"), 2.0),
             (format!("tidegate_queue_bytes{{{v}}}"), 64.0),
             (format!("tidegate_running{{{v}}}"), 5.0),
+            (format!("tidegate_batch_limit_rows{{{v}}}"), 8.0),
+            (format!("tidegate_expected_run_seconds{{{v}}}"), 0.004),
+            (format!("tidegate_run_threads{{{v}}}"), 2.0),
             ("tidegate_cpu_pool_queue_depth".into(), 7.0),
             ("tidegate_cpu_pool_running".into(), 1.0),
             (format!("tidegate_model_ready{{{v}}}"), 1.0),

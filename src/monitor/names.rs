@@ -143,6 +143,12 @@ table! {
             "Rows computed in batches that succeeded; above executions where requests were batched.";
         BATCH_SIZE = Shape::Histogram(BATCH_BUCKETS), "tidegate_batch_size", "rows", ["model", "version"],
             "Rows of each batch given to the engine.";
+        BATCH_LIMIT = Shape::Gauge, "tidegate_batch_limit_rows", "rows", ["model", "version"],
+            "Rows that batches are filled up to at the moment: as many as pay, for requests as long as the latest. Absent until a worker has run.";
+        EXPECTED_RUN = Shape::Gauge, "tidegate_expected_run_seconds", "seconds", ["model", "version"],
+            "What a batch of tidegate_batch_limit_rows is expected to take, by the runs so far. Absent until enough is known.";
+        RUN_THREADS = Shape::Gauge, "tidegate_run_threads", "threads", ["model", "version"],
+            "Threads of the latest run: more than otherwise where a request was alone and that is faster.";
         SEQUENCE_POSITIONS = Shape::Counter, "tidegate_sequence_positions_total", "positions",
             ["model", "version", "kind"],
             "Positions along the sequences of batches whose requests may differ in length: data as sent, or padding.";

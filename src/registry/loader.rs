@@ -542,6 +542,8 @@ fn scheduling(facts: &Facts) -> scheduler::Config {
         batching: facts.batching.enabled,
         ragged: facts.ragged.plan.clone(),
         preferred_rows: facts.preferred_rows,
+        tuned: config.batching.tune.unwrap_or(defaults.tuned),
+        latency_goal: config.latency_goal,
         max_delay: config.batching.max_delay.unwrap_or(defaults.max_delay),
         max_queue_requests: config.max_queue_requests.unwrap_or(defaults.max_queue_requests),
         max_queue_bytes: config.max_queue_bytes.unwrap_or(defaults.max_queue_bytes),

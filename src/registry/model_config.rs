@@ -17,6 +17,7 @@ use crate::backend::safetensors::layers::Sequential;
 use crate::error::quoted;
 use crate::problem::{Problem, expected_name};
 use crate::request::{MAX_TIMEOUT, VersionId};
+use crate::scheduler::LatencyGoal;
 use crate::tensor::{DataType, MAX_RANK, OutputKind, Shape, wire_shape};
 use crate::units::{DURATION_FORM, SIZE_FORM, parse_duration, parse_size};
 
@@ -29,6 +30,7 @@ pub(super) const MAX_DELAY: Duration = Duration::from_secs(60);
 pub(super) const MAX_WARM_UPS: usize = 64;
 pub(super) const RESHAPE_FORM: &str = "as many elements as the shape, and a -1 for each of its";
 
+const GOAL_FORM: &str = "a percentile from p50 and a duration of at most 60s, like \"p99 20ms\"";
 pub(super) const DEVICE_FORM: &str = "\"cpu\", \"cuda\", \"cuda:N\", \"cuda:all\" or \"auto\"";
 pub(super) const FALLBACK_FORM: &str = "\"none\" or \"cpu\"";
 
@@ -42,13 +44,15 @@ instances = 2               # runs at once on each device; by default one on a G
 threads = 1                 # intra-op threads of one instance; by default one on a GPU, on the CPU planned from the cores
 labels = "labels.txt"       # class names, one a line, for every output that has classes
 warmup = ["warmup.json"]    # requests ({"inputs": [...]}) that must succeed before the version is ready, all in 60 s
+latency_goal = "p99 20ms"   # batches are no longer than leaves 99 of 100 requests that time. By default as long as pays
 versions = "all"            # or { latest = 2 }, the highest that load; or a list such as [1, 3]
 only_declared_outputs = false   # true: outputs without a section [outputs.…] are not given
 # model_file = "net.onnx"   # what a version's file is called; by default model.onnx or model.safetensors
 
 [batching]                  # or in short: batching = true, false or "auto"
 enabled = "auto"            # auto: batched if the file and the self-test at load allow it
-preferred_rows = 32         # what batches are filled up to
+preferred_rows = 32         # what batches are filled up to at most
+tune = true                 # as far as that pays, by what runs cost; false: always, whatever it costs
 max_batch_size = 256        # the most rows one request may carry, batched or not; by default any number
 max_delay = "0"             # how long a request may wait for others to share its batch
 ragged = "auto"             # requests of different lengths in one batch. auto: where integer inputs and a mask suggest
@@ -133,6 +137,8 @@ pub struct ModelConfig {
     /// Intra-op threads of one instance.
     pub threads: Option<usize>,
     pub batching: BatchingConfig,
+    /// What batches must leave time for.
+    pub latency_goal: Option<LatencyGoal>,
     pub max_queue_requests: Option<usize>,
     pub max_queue_bytes: Option<usize>,
     /// From its arrival on, of a request that names no shorter one.
@@ -184,6 +190,8 @@ pub struct BatchingConfig {
     /// `None`: batched if the model proves to allow it.
     pub enabled: Option<bool>,
     pub preferred_rows: Option<usize>,
+    /// Fill batches only as far as that pays.
+    pub tune: Option<bool>,
     /// The most rows one request may carry.
     pub max_batch_size: Option<usize>,
     pub max_delay: Option<Duration>,
@@ -345,6 +353,7 @@ fn read_model(mut top: Section) -> ModelConfig {
         groups: read_groups(&mut top),
         threads: top.count("threads", MAX_THREADS),
         batching: read_batching(&mut top),
+        latency_goal: top.read("latency_goal", GOAL_FORM, |value| parse_goal(value.as_str()?)),
         max_queue_requests,
         max_queue_bytes,
         default_timeout,
@@ -426,6 +435,19 @@ pub(super) fn parse_fallback(text: &str) -> Option<bool> {
     }
 }
 
+/// `p99.9 20ms`.
+fn parse_goal(text: &str) -> Option<LatencyGoal> {
+    let (percentile, within) = text.strip_prefix('p')?.split_once(' ')?;
+    let (whole, fraction) = percentile.split_once('.').unwrap_or((percentile, ""));
+    let digits = |text: &str| text.len() <= 2 && text.bytes().all(|c| c.is_ascii_digit());
+    if whole.is_empty() || !digits(whole) || !digits(fraction) {
+        return None;
+    }
+    let of_10_000 = format!("{whole}{fraction:0<2}").parse().ok().filter(|of: &u16| (5_000..10_000).contains(of))?;
+    let within = parse_duration(within.trim_start()).filter(|within| !within.is_zero() && *within <= MAX_DELAY)?;
+    Some(LatencyGoal { of_10_000, within })
+}
+
 /// `batching = true`, `false` or `"auto"`, or a table whose `enabled` says the same.
 fn read_batching(top: &mut Section) -> BatchingConfig {
     const SWITCH: &str = "true, false or \"auto\"";
@@ -436,6 +458,7 @@ fn read_batching(top: &mut Section) -> BatchingConfig {
     top.section("batching", |section| BatchingConfig {
         enabled: section.read("enabled", SWITCH, read_switch).flatten(),
         preferred_rows: section.count("preferred_rows", MAX_ROWS),
+        tune: section.read("tune", "true or false", Value::as_bool),
         max_batch_size: section.count("max_batch_size", MAX_ROWS),
         max_delay: section.read("max_delay", DURATION_FORM, |value| {
             value.as_str().and_then(parse_duration).filter(|delay| *delay <= MAX_DELAY)
@@ -654,6 +677,29 @@ mod tests {
         VersionId::new(n).unwrap()
     }
 
+    fn goal(of_10_000: u16, ms: u64) -> Option<LatencyGoal> {
+        Some(LatencyGoal { of_10_000, within: Duration::from_millis(ms) })
+    }
+
+    #[test]
+    fn a_goal_is_a_percentile_and_a_time() {
+        for (text, expected) in [
+            ("p50 1s", goal(5000, 1000)),
+            ("p99 20ms", goal(9900, 20)),
+            ("p99.99  5ms", goal(9999, 5)),
+            ("p9 20ms", None),
+            ("p100 20ms", None),
+            ("p99.999 20ms", None),
+            ("p99 0", None),
+            ("p99 61s", None),
+            ("p99", None),
+            ("99 20ms", None),
+            ("p+9 20ms", None),
+        ] {
+            assert_eq!(parse_goal(text), expected, "{text}");
+        }
+    }
+
     #[test]
     fn a_full_file_is_read() {
         let config = ModelConfig::parse(
@@ -665,11 +711,13 @@ mod tests {
             threads = 3
             labels = "labels.txt"
             warmup = ["warmup.json"]
+            latency_goal = "p99.9 20ms"
             versions = { latest = 2 }
             only_declared_outputs = true
             [batching]
             enabled = true
             preferred_rows = 16
+            tune = false
             max_batch_size = 64
             max_delay = "2ms"
             ragged = { axis = 2, fill = { ids = 1 } }
@@ -697,11 +745,13 @@ mod tests {
             BatchingConfig {
                 enabled: Some(true),
                 preferred_rows: Some(16),
+                tune: Some(false),
                 max_batch_size: Some(64),
                 max_delay: Some(Duration::from_millis(2)),
                 ragged: RaggedConfig::Declared { axis: 2, fill: [("ids".to_string(), 1.0)].into() },
             }
         );
+        assert_eq!(config.latency_goal, goal(9990, 20));
         assert_eq!((config.max_queue_requests, config.max_queue_bytes), (Some(10), Some(64 << 20)));
         assert_eq!(config.versions, VersionPolicy::Latest(2));
         assert_eq!(config.outputs["a/b"].kind, Some(OutputKind::Logits));
@@ -725,6 +775,7 @@ mod tests {
         let defaults = crate::scheduler::Config::default();
         assert_eq!(config.batching.preferred_rows, Some(defaults.preferred_rows));
         assert_eq!(config.batching.max_delay, Some(defaults.max_delay));
+        assert_eq!(config.batching.tune, Some(defaults.tuned));
         assert_eq!(config.max_queue_requests, Some(defaults.max_queue_requests));
         assert_eq!(config.max_queue_bytes, Some(defaults.max_queue_bytes));
         let silent = ModelConfig::default();

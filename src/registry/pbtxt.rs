@@ -680,6 +680,7 @@ mod tests {
             batching: BatchingConfig {
                 enabled: Some(true),
                 preferred_rows: Some(8),
+                tune: None,
                 max_batch_size: Some(16),
                 max_delay: Some(Duration::from_millis(2)),
                 ..BatchingConfig::default()

@@ -139,6 +139,9 @@ impl Version {
     /// What else a person may want to know, for model metadata. Names no folder.
     pub fn properties(&self) -> Vec<(&'static str, String)> {
         let mut properties = self.facts.properties();
+        if self.scheduler.batches() {
+            properties.push(("batch_limit", format!("{} rows", self.scheduler.batch_limit())));
+        }
         if self.facts.batching.enabled && !self.scheduler.batches() {
             for (key, value) in &mut properties {
                 match *key {

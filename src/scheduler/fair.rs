@@ -131,6 +131,15 @@ impl Places {
         self.admit(now)
     }
 
+    /// Adds places to a turn that has just begun, if they are free and nobody waits: never waited for.
+    pub fn widen(&mut self, turn: TurnId, more: usize) -> bool {
+        let alone = self.waiting.is_empty() && self.guest.is_none() && self.free >= more;
+        let Some(turn) = self.turns.get_mut(&turn).filter(|_| alone) else { return false };
+        turn.asked.places += more;
+        self.free -= more;
+        true
+    }
+
     pub fn room(&self, account: AccountId) -> Room {
         let mut others = self.turns.values().map(|turn| &turn.asked).chain(&self.waiting);
         let free = if self.waiting.is_empty() { self.free } else { 0 };
@@ -283,6 +292,18 @@ mod tests {
         }
         let ratio = computed[&long].as_secs_f64() / computed[&short].as_secs_f64();
         assert!((0.7..1.4).contains(&ratio), "{computed:?}");
+    }
+
+    #[test]
+    fn a_turn_gets_wider_where_nobody_is_in_the_way() {
+        let (mut places, now) = (Places::new(3), Instant::now());
+        let account = places.open(1.0);
+        let (turn, _) = places.ask(account, 1, now);
+        assert!(!places.widen(turn, 3) && places.widen(turn, 2) && !places.widen(turn, 1));
+        let (waits, at_once) = places.ask(account, 1, now);
+        assert!(!at_once && !places.widen(turn, 0));
+        ends(&mut places, turn, now, &[waits]);
+        assert_eq!(places.room(account).free, 2);
     }
 
     /// A version in the simulation: turns of so long, of which this many want to run at once; every so often, or again

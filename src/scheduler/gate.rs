@@ -96,6 +96,13 @@ impl Account {
     }
 }
 
+impl Turn<'_> {
+    /// Takes so many places more, if they are free and nobody waits.
+    pub(super) fn widen(&mut self, more: usize) -> bool {
+        self.id.is_some_and(|id| lock(&self.gate.state).places.widen(id, more))
+    }
+}
+
 impl Drop for Account {
     fn drop(&mut self) {
         lock(&self.gate.state).places.close(self.id);

@@ -28,6 +28,9 @@ const TRIED_FROM: u64 = 32;
 const LONGEST_TRIAL: f64 = 2.5;
 /// So many times the latest run is what trials may save up for.
 const SAVED_UP: f64 = 10.0;
+/// Of the goal's quantile, one turn's step up or down, and how far it may go.
+const QUANTILE_STEP: f64 = 0.05;
+const MOST_SLOWDOWN: f64 = 100.0;
 /// Saved by splitting a batch over an idle core, in seconds, at least: another worker must be woken for it.
 const SPLIT_SAVES: f64 = 30e-6;
 
@@ -60,10 +63,21 @@ pub struct Limits {
     most: usize,
     /// False: always `most`.
     tuned: bool,
-    /// What a run may take, in seconds.
-    longest: Option<f64>,
+    goal: Option<LatencyGoal>,
+    /// How many times as long as expected a turn takes, with its wait for a core, at the goal's quantile.
+    slowdown: f64,
+    /// Of the latest run.
+    latest: Option<usize>,
     /// By class of length.
     classes: BTreeMap<usize, Class>,
+}
+
+/// What batches must leave time for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LatencyGoal {
+    /// How many of 10,000 requests are to be answered within that time.
+    pub of_10_000: u16,
+    pub within: Duration,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -75,8 +89,10 @@ struct Class {
 }
 
 impl Limits {
-    pub fn new(most: usize, tuned: bool, samples: &[Sample]) -> Limits {
-        Limits { costs: CostModel::new(samples), most: most.max(1), tuned, longest: None, classes: BTreeMap::new() }
+    pub fn new(most: usize, tuned: bool, goal: Option<LatencyGoal>, samples: &[Sample]) -> Limits {
+        let (costs, classes) = (CostModel::new(samples), BTreeMap::new());
+        let latest = samples.last().and_then(|sample| sample.length);
+        Limits { costs, most: most.max(1), tuned, goal, slowdown: 1.0, latest, classes }
     }
 
     pub fn costs(&self) -> &CostModel {
@@ -88,19 +104,38 @@ impl Limits {
         self.classes.clear();
     }
 
-    /// What a run may take; longer ones are of one request.
-    pub fn set_longest(&mut self, longest: Duration) {
-        self.longest = Some(longest.as_secs_f64());
-        self.classes.clear();
-    }
-
-    pub fn learn(&mut self, rows: usize, length: Option<usize>, compute: Duration) {
+    /// A run took so long; `turn` is that, the wait for a core, and what came after it.
+    pub fn learn(&mut self, rows: usize, length: Option<usize>, compute: Duration, turn: Duration) {
+        if let Some((goal, expected)) = self.goal.zip(self.costs.predict(rows, length)) {
+            let (share, slowdown) = (f64::from(goal.of_10_000) / 1e4, turn.as_secs_f64() / expected.as_secs_f64());
+            let step = if slowdown > self.slowdown { share } else { share - 1.0 };
+            self.slowdown = (self.slowdown * (1.0 + QUANTILE_STEP * step)).clamp(1.0, MOST_SLOWDOWN);
+        }
         self.costs.learn(rows, length, compute);
+        self.latest = length;
         let seconds = compute.as_secs_f64();
         // Enough for any one trial, and not much more than that.
         let Class { credit, in_force } = self.classes.entry(class(length)).or_default();
         *in_force = None;
         *credit = (*credit + TRIED * seconds).min(SAVED_UP * seconds);
+    }
+
+    /// Of the length that ran last: the rows in force, and what a run of so many is expected to take.
+    pub fn latest(&mut self) -> (usize, Option<Duration>) {
+        let rows = self.in_force(self.latest);
+        (rows, self.costs.predict(rows, self.latest))
+    }
+
+    /// How long a request may wait for company: what the goal leaves beside two turns.
+    pub fn patience(&mut self) -> Duration {
+        let Some(goal) = self.goal else { return Duration::MAX };
+        let turn = self.latest().1.map(|time| time.mul_f64(self.slowdown));
+        goal.within.saturating_sub(turn.unwrap_or_default() * 2)
+    }
+
+    /// What a run may take, in seconds: one is waited for and one is run in.
+    fn longest(&self) -> Option<f64> {
+        Some(self.goal?.within.as_secs_f64() / 2.0 / self.slowdown)
     }
 
     /// Rows that a batch is filled up to where there is no end of them.
@@ -117,6 +152,9 @@ impl Limits {
     pub fn seal(&mut self, waiting: &Queued) -> Sealing {
         let Queued { length, rows, share, contended } = *waiting;
         let most = rows.min(self.most);
+        if most <= 1 {
+            return Sealing { rows: 1, trial: false };
+        }
         let best = self.best(length, most, SLACK);
         let plain = |rows| Sealing { rows, trial: false };
         if share < best && self.saves(length, best, share) {
@@ -153,7 +191,7 @@ impl Limits {
 
     /// Cut to what takes no longer than a run may.
     fn bounded(&self, curve: &Curve, factor: f64, most: usize) -> usize {
-        let Some(longest) = self.longest else { return most };
+        let Some(longest) = self.longest() else { return most };
         let fits = |rows: &usize| curve.at(*rows).is_none_or(|seconds| seconds * factor <= longest);
         if fits(&most) {
             return most;
@@ -176,7 +214,7 @@ impl Limits {
             let seconds = curve.at(rows).unwrap_or(longest);
             if curve.age(rows).is_none_or(|age| age > OLD) { seconds.min(longest) } else { seconds }
         };
-        let longest = self.longest.map_or(longest, |most| longest.min(most));
+        let longest = self.longest().map_or(longest, |most| longest.min(most));
         let allowed = |rows: &usize| *rows != best && *rows <= most && takes(*rows) <= longest;
         let step = (best / 4).max(1);
         let around = [size(best + step), size(best * 2), size(best - step.min(best - 1)), size(best.div_ceil(2)), 1];

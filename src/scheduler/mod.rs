@@ -47,6 +47,7 @@ use crate::monitor::events::{QueueChanged, QueueRejected, VersionDemoted};
 use crate::request::{Permit, Prepared, Priority, Timings};
 use crate::tensor::{Ragged, Tensor};
 use batcher::{Batcher, Entry, Readiness};
+use cost::CostModel;
 use fair::Room;
 use inline::{Inline, Pace, Quickness};
 use limit::{Limits, Queued, Sealing};
@@ -54,12 +55,15 @@ use worker::{Positions, Worker, blame};
 
 pub use cost::Sample;
 pub use gate::{Account, Gate};
+pub use limit::LatencyGoal;
 pub use threads::{Reason, ThreadPlan, Wish};
 
 pub const DEFAULT_PREFERRED_ROWS: usize = 32;
 pub const DEFAULT_MAX_QUEUE_REQUESTS: usize = 1024;
 pub const DEFAULT_MAX_QUEUE_BYTES: usize = 512 << 20;
 pub const DEFAULT_LINGER: Duration = Duration::from_secs(10);
+/// A run on several threads takes less than this part of the time of one on fewer, or it is not worth their cores.
+const WIDE_SAVES: f64 = 0.9;
 /// A thread's other connections wait for such a run.
 pub const DEFAULT_LONGEST_INLINE: Duration = Duration::from_micros(50);
 
@@ -74,6 +78,8 @@ pub struct Config {
     pub preferred_rows: usize,
     /// Batches are filled up as far as that pays, by what runs have cost; otherwise to the preferred rows.
     pub tuned: bool,
+    /// What batches, and the wait for them, must leave time for.
+    pub latency_goal: Option<LatencyGoal>,
     /// How long a request may wait for others to share its batch.
     pub max_delay: Duration,
     pub max_queue_requests: usize,
@@ -91,6 +97,7 @@ impl Default for Config {
             ragged: None,
             preferred_rows: DEFAULT_PREFERRED_ROWS,
             tuned: true,
+            latency_goal: None,
             max_delay: Duration::ZERO,
             max_queue_requests: DEFAULT_MAX_QUEUE_REQUESTS,
             max_queue_bytes: DEFAULT_MAX_QUEUE_BYTES,
@@ -112,11 +119,11 @@ pub struct Group {
     pub cores: usize,
     /// What runs were measured to take; may be empty.
     pub costs: Vec<Sample>,
-    /// The same model on the same device with more threads a run, for a request that is alone.
+    /// The same model on the same device with more threads a run.
     pub wide: Option<Wide>,
 }
 
-/// One instance beside a group's own ones, for when nothing else is to be done.
+/// One instance beside a group's own ones: for a request that is alone, where that is faster.
 pub struct Wide {
     pub instance: Box<dyn Instance>,
     /// Its intra-op threads.
@@ -181,6 +188,10 @@ struct State {
     slots: Vec<Slots>,
     /// By group.
     limits: Vec<Limits>,
+    /// By group.
+    wide: Vec<Option<WideSlot>>,
+    /// When there was more than one request here, last.
+    crowded: Option<Instant>,
     workers: usize,
     /// Workers that have begun to reply and will look at the queue next.
     returning: usize,
@@ -192,6 +203,14 @@ struct State {
     running: usize,
     running_rows: usize,
     handles: Vec<JoinHandle<()>>,
+}
+
+/// A group's wide instance.
+struct WideSlot {
+    /// `None` while it runs, and for good after a panic.
+    instance: Option<Box<dyn Instance>>,
+    cores: usize,
+    costs: CostModel,
 }
 
 /// A group's places for instances, and what its workers are at.
@@ -253,8 +272,13 @@ impl State {
 
     /// Rows that a batch of such requests is filled up to, as far as is known: on the device that is asked first.
     fn full(&mut self, extent: Option<usize>) -> usize {
-        let group = self.slots.iter().position(|slots| slots.most > 0).unwrap_or(0);
+        let group = self.front();
         self.limits[group].in_force(extent)
+    }
+
+    /// The group that is asked first.
+    fn front(&self) -> usize {
+        self.slots.iter().position(|slots| slots.most > 0).unwrap_or(0)
     }
 
     /// What a worker of the group that holds its places at the gate, so many of them, should take next.
@@ -272,6 +296,26 @@ impl State {
         };
         let queued = Queued { length: head.item.extent, rows, share, contended: room.contended && cores > 0 };
         self.limits[group].seal(&queued)
+    }
+
+    /// The group's wide instance and its threads, if that answers this job sooner: it is the only one here, and was for
+    /// two such runs. Whoever is second would wait for all cores at once.
+    fn take_wide(&mut self, group: usize, job: &Job, now: Instant) -> Option<(Box<dyn Instance>, usize)> {
+        if !self.batcher.is_empty() || self.running > 1 || self.inline > 0 {
+            return None;
+        }
+        let wide = self.wide[group].as_mut()?;
+        let narrow = self.limits[group].costs().predict(job.rows, job.extent)?;
+        let expected = wide.costs.predict(job.rows, job.extent)?;
+        let alone = self.crowded.is_none_or(|crowded| now.saturating_duration_since(crowded) > 2 * expected);
+        let pays = expected < narrow.mul_f64(WIDE_SAVES);
+        Some((wide.instance.take_if(|_| alone && pays)?, wide.cores))
+    }
+
+    fn give_wide(&mut self, group: usize, instance: Box<dyn Instance>) {
+        if let Some(wide) = &mut self.wide[group] {
+            wide.instance = Some(instance);
+        }
     }
 
     /// The first group of those whose workers wait for a batch to fill, if they need not wait any longer.
@@ -307,12 +351,20 @@ impl Scheduler {
         monitor: Arc<VersionMonitor>,
     ) -> Scheduler {
         let preferred_rows = if config.batching { config.preferred_rows } else { 1 };
-        let limits = groups.iter().map(|group| Limits::new(preferred_rows, config.tuned, &group.costs)).collect();
+        let limits = groups
+            .iter()
+            .map(|group| Limits::new(preferred_rows, config.tuned, config.latency_goal, &group.costs))
+            .collect();
         let slots =
             groups.iter().map(|group| Slots { taken: 1, most: group.instances.max(1), ..Slots::default() }).collect();
         let outputs = groups.first().map_or(0, |group| group.model.signature().outputs.len());
-        let (mut engines, mut instances) = (Vec::new(), Vec::new());
-        for (place, Group { model, instance, cores, .. }) in groups.into_iter().enumerate() {
+        let (mut engines, mut instances, mut wide) = (Vec::new(), Vec::new(), Vec::new());
+        for (place, Group { model, instance, cores, wide: another, .. }) in groups.into_iter().enumerate() {
+            wide.push(another.map(|Wide { instance, cores, costs }| WideSlot {
+                instance: Some(instance),
+                cores,
+                costs: CostModel::new(&costs),
+            }));
             engines.push(Engine { model, cores, work: Condvar::new(), filling: Condvar::new() });
             instances.push((place, instance));
         }
@@ -322,6 +374,8 @@ impl Scheduler {
             instances,
             slots,
             limits,
+            wide,
+            crowded: None,
             workers: 0,
             returning: 0,
             growing: false,
@@ -410,6 +464,13 @@ impl Scheduler {
         lock(&self.shared.state).limits.iter().map(|limits| limits.costs().samples()).collect()
     }
 
+    /// Rows that batches are filled up to at the moment, where there is no end of requests like the latest.
+    pub fn batch_limit(&self) -> usize {
+        let mut state = lock(&self.shared.state);
+        let group = state.front();
+        state.limits[group].latest().0
+    }
+
     /// Requests share batches; false once demoted at run time.
     pub fn batches(&self) -> bool {
         self.shared.batching.load(Ordering::Relaxed)
@@ -444,6 +505,9 @@ impl Shared {
         let rows = if self.batching.load(Ordering::Relaxed) { rows } else { 1 };
         let full = state.full(extent);
         let ticket = state.batcher.push(Entry { key, priority, rows, full, bytes, arrived: now, item: job });
+        if state.batcher.len() + state.running + state.inline > 1 {
+            state.crowded = Some(now);
+        }
         self.emit_queue(&state);
         let collector = self.collector(&mut state, bytes);
         let call = self.summon(&mut state);

@@ -991,3 +991,70 @@ fn what_arrives_during_a_run_of_its_callers_is_served_when_the_instance_is_back(
     });
     bench.join();
 }
+
+fn cost(rows: usize, seconds: u64) -> Sample {
+    Sample { rows, length: None, compute: Duration::from_secs(seconds) }
+}
+
+#[tokio::test]
+async fn batches_are_filled_up_as_far_as_that_pays() {
+    for (tuned, expected) in [(true, 2), (false, 4)] {
+        let script = Arc::default();
+        let costs = vec![cost(1, 100), cost(2, 110), cost(4, 400), cost(32, 4000)];
+        let group = Group { costs, ..group(&script, 1, 1) };
+        let bench = Bench::with(&script, vec![group], Config { tuned, ..Bench::config() });
+        assert_eq!(bench.scheduler.batch_limit(), if tuned { 2 } else { DEFAULT_PREFERRED_ROWS });
+        let first = bench.occupy();
+        let waiting: Vec<_> = [1.0, 2.0, 3.0, 4.0].into_iter().map(|value| bench.submit(&[value])).collect();
+        bench.script.release();
+        for submitted in waiting.into_iter().chain([first]) {
+            done(submitted).await.unwrap();
+        }
+        let rows = bench.script.runs().iter().map(Vec::len).max();
+        assert_eq!(rows, Some(expected), "tuned: {tuned}");
+    }
+}
+
+#[tokio::test]
+async fn what_runs_cost_is_learned_and_can_be_handed_on() {
+    let bench = Bench::new(Bench::config());
+    for value in 0..20u8 {
+        done(bench.submit(&[f32::from(value)])).await.unwrap();
+    }
+    let [costs] = &bench.scheduler.costs()[..] else { panic!("one group") };
+    let [one] = costs[..] else { panic!("{costs:?}") };
+    assert_eq!((one.rows, one.length), (1, None));
+    assert!(bench.monitor.render().contains("tidegate_batch_limit_rows{model=\"m\",version=\"1\"} 2"), "unknown: next");
+}
+
+#[tokio::test]
+async fn a_request_that_is_alone_runs_on_all_cores_and_none_that_has_company() {
+    let (narrow, wide): (Arc<Script>, Arc<Script>) = (Arc::default(), Arc::default());
+    let another = Wide { instance: group(&wide, 1, 4).instance, cores: 4, costs: vec![cost(1, 40)] };
+    let group = Group { costs: vec![cost(1, 100)], wide: Some(another), ..group(&narrow, 2, 1) };
+    let bench = Bench::with(&narrow, vec![group], Bench::config());
+    done(bench.submit(&[1.0])).await.unwrap();
+    wide.hold();
+    let alone = bench.submit(&[2.0]);
+    wide.wait_for_runs_inside(1);
+    assert_eq!(bench.scheduler.shared.gate.room().free, 0, "it has all cores");
+    let second = bench.submit(&[3.0]);
+    wide.release();
+    done(alone).await.unwrap();
+    done(second).await.unwrap();
+    done(bench.submit(&[4.0])).await.unwrap();
+    assert_eq!(wide.runs(), [[1.0], [2.0]]);
+    assert_eq!(narrow.runs(), [[3.0], [4.0]], "there was company a moment ago");
+}
+
+#[tokio::test]
+async fn a_wide_instance_that_panics_is_not_missed() {
+    let (narrow, wide): (Arc<Script>, Arc<Script>) = (Arc::default(), Arc::default());
+    let another = Wide { instance: group(&wide, 1, 4).instance, cores: 4, costs: vec![cost(1, 40)] };
+    let group = Group { costs: vec![cost(1, 100)], wide: Some(another), ..group(&narrow, 1, 1) };
+    let bench = Bench::with(&narrow, vec![group], Bench::config());
+    assert_eq!(kind(bench.submit(&[PANIC])).await, Kind::BackendFailed);
+    done(bench.submit(&[2.0])).await.unwrap();
+    assert_eq!((wide.runs().len(), narrow.runs()), (1, vec![vec![2.0]]));
+    assert_eq!(bench.scheduler.shared.gate.room().free, 4);
+}

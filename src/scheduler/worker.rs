@@ -11,10 +11,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::batcher::{Entry, Poll, Readiness};
+use super::gate::Turn;
 use super::{Answer, Job, Key, Room, Shared, State, Ticket, expired, lock};
 use crate::backend::{Batch, Instance, RunError, panic_text};
 use crate::error::{Error, Kind};
-use crate::monitor::events::BatchExecuted;
+use crate::monitor::events::{BatchExecuted, RunLearned};
 use crate::request::{Priority, Timings};
 use crate::tensor::{Ragged, Tensor};
 
@@ -42,6 +43,10 @@ pub(super) struct Worker {
     /// Jobs counted in `State::running`, and their rows.
     running: usize,
     running_rows: usize,
+    /// On loan for one turn, with its threads.
+    wide: Option<(Box<dyn Instance>, usize)>,
+    /// When it began to wait for its turn.
+    turn_asked: Instant,
     /// What its instance's latest run cost, until the others are told.
     learned: Option<Learned>,
     /// Has run: the first run of a thread finds nothing in the caches.
@@ -56,6 +61,8 @@ struct Learned {
     rows: usize,
     extent: Option<usize>,
     compute: Duration,
+    /// On so many threads: not on those of the worker's own instance.
+    wide: Option<usize>,
 }
 
 /// What a run did for its jobs.
@@ -179,6 +186,8 @@ impl Worker {
             returning: false,
             running: 0,
             running_rows: 0,
+            wide: None,
+            turn_asked: Instant::now(),
             learned: None,
             warm: false,
             executed: Vec::new(),
@@ -211,8 +220,10 @@ impl Worker {
         let shared = Arc::clone(&self.shared);
         let cores = shared.engines[self.group].cores;
         while !self.gives_up && self.find_work() {
-            let turn = shared.gate.acquire(cores);
+            self.turn_asked = Instant::now();
+            let mut turn = shared.gate.acquire(cores);
             let jobs = self.take();
+            self.widen(&mut turn, cores);
             self.serve(jobs);
             drop(turn);
             self.record();
@@ -322,13 +333,31 @@ impl Worker {
         let ended = std::mem::take(&mut self.running);
         state.running -= ended;
         state.running_rows -= std::mem::take(&mut self.running_rows);
-        if let Some(Learned { rows, extent, compute }) = self.learned.take() {
-            state.limits[self.group].learn(rows, extent, compute);
+        if let Some((instance, _)) = self.wide.take() {
+            state.give_wide(self.group, instance);
+        }
+        if let Some(learned) = self.learned.take() {
+            self.learn(state, learned);
         }
         if ended > 0 {
             state.slots[self.group].running -= 1;
             self.shared.emit_queue(state);
         }
+    }
+
+    fn learn(&self, state: &mut State, Learned { rows, extent, compute, wide }: Learned) {
+        let limits = &mut state.limits[self.group];
+        match (wide, &mut state.wide[self.group]) {
+            (Some(_), Some(wide)) => wide.costs.learn(rows, extent, compute),
+            _ => limits.learn(rows, extent, compute, self.turn_asked.elapsed()),
+        }
+        let max_delay = self.shared.config.max_delay;
+        if self.shared.config.latency_goal.is_some() && !max_delay.is_zero() && !state.closed {
+            state.batcher.set_max_delay(max_delay.min(limits.patience()));
+        }
+        let (batch_limit, expected) = limits.latest();
+        let threads = wide.unwrap_or(self.shared.engines[self.group].cores).max(1);
+        RunLearned { version: &self.shared.monitor, batch_limit, expected, threads }.emit();
     }
 
     fn set_heading(&mut self, state: &mut State, heading: bool) {
@@ -357,6 +386,11 @@ impl Worker {
             state.running += taken.len();
             state.running_rows = state.running_rows.saturating_add(self.running_rows);
             state.slots[self.group].running += 1;
+            if let [(_, entry)] = &taken[..]
+                && !self.lent
+            {
+                self.wide = state.take_wide(self.group, &entry.item, now);
+            }
             shared.emit_queue(&state);
         }
         self.set_heading(&mut state, false);
@@ -368,6 +402,16 @@ impl Worker {
         match polled {
             Poll::Batch(taken) => taken.into_iter().map(Job::taken).collect(),
             Poll::Wait(_) | Poll::Idle => Vec::new(),
+        }
+    }
+
+    /// Takes the cores for the wide instance, or gives it back: others may have come since it was chosen.
+    fn widen(&mut self, turn: &mut Turn, cores: usize) {
+        let Some((instance, threads)) = self.wide.take() else { return };
+        if turn.widen(threads.saturating_sub(cores)) {
+            self.wide = Some((instance, threads));
+        } else {
+            lock(&self.shared.state).give_wide(self.group, instance);
         }
     }
 
@@ -464,13 +508,22 @@ impl Worker {
         let positions = Positions::of(&jobs);
         let assembled = Instant::now();
         let inputs: Vec<&[Tensor]> = jobs.iter().map(|job| job.inputs.as_slice()).collect();
-        let result = self.shared.run_engine(&mut self.instance, &inputs);
+        let (result, wide) = match self.wide.take() {
+            None => (self.shared.run_engine(&mut self.instance, &inputs), None),
+            Some((instance, threads)) => {
+                let mut lent = Some(instance);
+                let result = self.shared.run_engine(&mut lent, &inputs);
+                // After a panic there is none, and lone requests run as the others do.
+                self.wide = lent.map(|instance| (instance, threads));
+                (result, Some(threads))
+            }
+        };
         let ran = Instant::now();
         self.shared.quickness.learn(jobs[0].bytes(), ran - assembled);
         let extent = jobs.iter().filter_map(|job| job.extent).max();
         // Parts of a batch that failed, and what fails, are no measure.
         let whole = requests == self.running && result.is_ok() && std::mem::replace(&mut self.warm, true);
-        self.learned = whole.then_some(Learned { rows, extent, compute: ran - assembled });
+        self.learned = whole.then_some(Learned { rows, extent, compute: ran - assembled, wide });
         let ragged = self.shared.config.ragged.clone();
         let parts = result.map(|outputs| (split(&outputs, &jobs, ragged.as_deref()), outputs));
         let split = ran.elapsed();

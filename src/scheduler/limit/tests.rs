@@ -12,7 +12,7 @@ const MS: Duration = Duration::from_millis(1);
 
 fn limits(samples: &[(usize, f64)]) -> Limits {
     let sample = |(rows, ms): &(usize, f64)| Sample { rows: *rows, length: None, compute: MS.mul_f64(*ms) };
-    Limits::new(32, true, &samples.iter().map(sample).collect::<Vec<_>>())
+    Limits::new(32, true, None, &samples.iter().map(sample).collect::<Vec<_>>())
 }
 
 fn alone(rows: usize) -> Queued {
@@ -30,8 +30,8 @@ fn a_batch_grows_as_long_as_that_pays() {
     }
     let mut spill = limits(&spill);
     assert_eq!([5, 16, 20].map(|rows| spill.seal(&alone(rows)).rows), [5, 16, 16], "of those that wait");
-    assert_eq!(Limits::new(32, false, &[]).in_force(None), 32);
-    assert_eq!(Limits::new(1, true, &[]).in_force(None), 1);
+    assert_eq!(Limits::new(32, false, None, &[]).in_force(None), 32);
+    assert_eq!(Limits::new(1, true, None, &[]).in_force(None), 1);
 }
 
 #[test]
@@ -62,23 +62,35 @@ fn long_runs_are_cut_while_others_wait() {
 }
 
 #[test]
-fn no_run_takes_longer_than_it_may() {
-    let mut limits = limits(&[(1, 10.0), (8, 24.0), (32, 72.0)]);
-    limits.set_longest(40 * MS);
-    assert_eq!((limits.in_force(None), limits.seal(&alone(99)).rows), (16, 16));
-    limits.set_longest(MS);
-    assert_eq!(limits.in_force(None), 1, "somebody must answer");
+fn two_turns_fit_into_the_goal() {
+    let samples = [(1, 10.0), (8, 24.0), (32, 72.0)];
+    let with_goal = |ms| {
+        let mut limits = limits(&samples);
+        limits.goal = Some(LatencyGoal { of_10_000: 9900, within: MS * ms });
+        limits
+    };
+    let mut goal = with_goal(80);
+    assert_eq!((goal.in_force(None), goal.seal(&alone(99)).rows), (16, 16));
+    assert_eq!(goal.patience(), Duration::ZERO);
+    assert_eq!(with_goal(1000).patience(), MS * (1000 - 2 * 72));
+    assert_eq!(with_goal(1).in_force(None), 1, "somebody must answer");
+    // Every twentieth turn takes twice as long: that is within what p99 must hold.
+    (0..400).for_each(|turn| goal.learn(8, None, MS * 24, MS * if turn % 20 == 0 { 48 } else { 24 }));
+    assert!((4..=8).contains(&goal.in_force(None)), "{}", goal.in_force(None));
+    (0..4000).for_each(|_| goal.learn(8, None, MS * 24, MS * 24));
+    assert_eq!(goal.in_force(None), 16, "and over");
+    assert_eq!(limits(&samples).patience(), Duration::MAX);
 }
 
 #[test]
 fn a_longer_sequence_joins_where_that_costs_less_than_a_run_of_its_own() {
     let of = |rows, length, ms: f64| Sample { rows, length: Some(length), compute: MS.mul_f64(ms) };
-    let fixed = Limits::new(32, true, &[of(1, 64, 10.0), of(32, 64, 20.0)]);
+    let fixed = Limits::new(32, true, None, &[of(1, 64, 10.0), of(32, 64, 20.0)]);
     assert!(fixed.fits(8, Some(49), 1, Some(64)));
-    let flat = Limits::new(32, true, &[of(1, 64, 10.0), of(32, 64, 320.0)]);
+    let flat = Limits::new(32, true, None, &[of(1, 64, 10.0), of(32, 64, 320.0)]);
     assert!(!flat.fits(8, Some(49), 1, Some(64)) && !flat.fits(1, Some(64), 1, Some(49)));
     assert!(flat.fits(8, Some(64), 1, Some(64)));
-    assert!(Limits::new(32, true, &[]).fits(8, Some(49), 1, Some(64)), "to find out");
+    assert!(Limits::new(32, true, None, &[]).fits(8, Some(49), 1, Some(64)), "to find out");
 }
 
 #[test]
@@ -89,7 +101,7 @@ fn trials_take_a_small_share_of_the_time() {
         for run in 0..5000 {
             let sealed = limits.seal(&alone(64));
             let compute = MS.mul_f64(10.0 * sealed.rows as f64);
-            limits.learn(sealed.rows, None, compute);
+            limits.learn(sealed.rows, None, compute, compute);
             all += compute.as_secs_f64();
             tried += if sealed.trial && run > 0 { compute.as_secs_f64() } else { 0.0 };
         }
@@ -127,7 +139,6 @@ struct Server {
 }
 
 struct Run {
-    began: f64,
     jobs: usize,
     length: usize,
     time: f64,
@@ -196,7 +207,7 @@ impl Server {
             self.idle -= 1;
             let end = ((time + compute + HAND_OVER) * 1e9) as u64;
             self.ends.push(Reverse((end, self.runs.len())));
-            self.runs.push(Run { began: time, jobs, length: longest, time: compute });
+            self.runs.push(Run { jobs, length: longest, time: compute });
         }
     }
 
@@ -216,7 +227,8 @@ impl Server {
             }
             let Run { jobs, length, time: compute, .. } = self.runs[number];
             if let Policy::Tuned(limits) = &mut self.policy {
-                limits.learn(jobs, Some(length), Duration::from_secs_f64(compute));
+                let compute = Duration::from_secs_f64(compute);
+                limits.learn(jobs, Some(length), compute, compute);
             }
             self.idle += 1;
             self.running -= jobs;
@@ -303,7 +315,7 @@ fn tuned_batches_are_as_good_as_the_best_that_could_be_set_and_never_worse_than_
                 let wanted = |samples: usize| if samples == 0 || changes { 0.85 } else { 0.95 };
                 for (samples, disturbed) in [(calibrated(cost), false), (calibrated(cost), true), (Vec::new(), true)] {
                     let wanted = if mix == "one length" { 0.95 } else { wanted(samples.len()) };
-                    let mut server = Server::new(cost, 2, Policy::Tuned(Limits::new(MOST, true, &samples)));
+                    let mut server = Server::new(cost, 2, Policy::Tuned(Limits::new(MOST, true, None, &samples)));
                     server.disturbed = disturbed;
                     // What is disturbed is so alike, whatever the batches.
                     let rate = server.closed(clients, lengths, from, until) * if disturbed { 1.15 } else { 1.0 };
