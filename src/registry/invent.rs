@@ -32,7 +32,7 @@ pub fn extents(signature: &Signature) -> &'static [usize] {
 pub struct Random(pub u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -42,12 +42,12 @@ impl Random {
 
     /// Uniform in [0, 1).
     pub fn unit(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        (self.draw() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// Uniform in [-1, 1).
     fn signed(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+        (self.draw() >> 11) as f64 / (1u64 << 52) as f64 - 1.0
     }
 }
 
@@ -91,7 +91,7 @@ fn fill(
     let count = shape.elements();
     // The first element counts up from row to row, so that rows differ even where there is little to draw from.
     let mut integers = |below: u64| -> Vec<u64> {
-        (0..count).map(|i| if i == 0 { number % below } else { random.next() % below }).collect()
+        (0..count).map(|i| if i == 0 { number % below } else { random.draw() % below }).collect()
     };
     let below = recipe.below;
     match dtype {

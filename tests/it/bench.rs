@@ -222,7 +222,10 @@ fn an_engine_is_measured_without_a_server() {
     };
     let report = alone(&digits, &["-m", "digits:2"]);
     let [ceiling] = &report["ceilings"].as_array().unwrap()[..] else { panic!("one version: {report}") };
-    assert_eq!((&ceiling["model"], &ceiling["version"], &ceiling["batches"]), (&json!("digits"), &json!("2"), &json!(true)));
+    assert_eq!(
+        (&ceiling["model"], &ceiling["version"], &ceiling["batches"]),
+        (&json!("digits"), &json!("2"), &json!(true))
+    );
     let cells = ceiling["cells"].as_array().unwrap();
     assert!(cells.iter().all(|cell| number(&cell["rows_per_second"]["median"]) > 0.0));
     assert!(cells.len().is_multiple_of(2) && cells[0]["rows"] == 1 && cells[1]["rows"] == 4);

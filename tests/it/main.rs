@@ -5,6 +5,7 @@
 mod admission;
 mod agreement;
 mod batching;
+mod bench;
 mod cli;
 mod control;
 mod deadlines;

@@ -44,10 +44,17 @@ pub(super) struct Point {
 pub(super) struct Series {
     pub(super) name: String,
     pub(super) colour: usize,
-    pub(super) dashed: bool,
+    pub(super) stroke: Stroke,
     /// A mark at every point.
     pub(super) marked: bool,
     pub(super) points: Vec<Point>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Stroke {
+    Solid,
+    Dashed,
+    Dotted,
 }
 
 pub(super) struct Chart {
@@ -218,9 +225,9 @@ impl Chart {
                 &mut out,
                 format_args!(
                     "<line class=\"limit\" x1=\"{LEFT}\" x2=\"{:.1}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>\
-                 <text class=\"limit\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+                 <text class=\"limit\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
                     WIDTH - RIGHT,
-                    WIDTH - RIGHT - 4.0,
+                    LEFT + 6.0,
                     at - 5.0,
                     escaped(name)
                 ),
@@ -253,7 +260,12 @@ impl Chart {
 
 impl Series {
     fn class(&self) -> String {
-        format!("line c{}{}", self.colour % COLOURS, if self.dashed { " dashed" } else { "" })
+        let stroke = match self.stroke {
+            Stroke::Solid => "",
+            Stroke::Dashed => " dashed",
+            Stroke::Dotted => " dotted",
+        };
+        format!("line c{}{stroke}", self.colour % COLOURS)
     }
 
     fn draw(&self, out: &mut String, place_x: &dyn Fn(f64) -> f64, place_y: &dyn Fn(f64) -> f64) {
@@ -401,7 +413,7 @@ mod tests {
         let series = |colour| Series {
             name: "a & b".into(),
             colour,
-            dashed: false,
+            stroke: Stroke::Dotted,
             marked: true,
             points: vec![point(0.0, 1.0), point(0.99, 50.0)],
         };

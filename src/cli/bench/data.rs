@@ -54,7 +54,7 @@ impl Lengths {
     fn draw(&self, number: usize, random: &mut Random) -> usize {
         match self {
             Lengths::Among(lengths) => lengths[number % lengths.len()],
-            Lengths::Between(from, to) => from + (random.next() % (to - from + 1) as u64) as usize,
+            Lengths::Between(from, to) => from + (random.draw() % (to - from + 1) as u64) as usize,
         }
     }
 }

@@ -28,7 +28,7 @@ use super::wire::{Reply, Wire};
 /// As many threads as the server has for its connections.
 const MAX_THREADS: usize = 4;
 /// Longest announcement of answers, in bytes.
-const MAX_PLAN_BYTES: u64 = 1 << 20;
+const MAX_PLAN_BYTES: u64 = 64 << 20;
 
 /// Answers for the echo's three wires, in turn.
 #[derive(Default)]

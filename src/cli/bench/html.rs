@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use super::chart::{self, Axis, Chart, Point, Scale, Series, escaped};
+use super::chart::{self, Axis, Chart, Point, Scale, Series, Stroke, escaped};
 use super::in_process::Ceiling;
 use super::report::{Cell, LoadSaid, Ramp, Report, Role, Side};
 use super::stats::Estimate;
@@ -20,17 +20,17 @@ body{margin:0 auto;padding:2.5rem 1.5rem 4rem;max-width:74rem;background:var(--g
 font:15px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;font-variant-numeric:tabular-nums}
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.6rem 0 .8rem}
 p{margin:.3rem 0}.faint{color:var(--faint)}.bad{color:var(--bad)}.good{color:var(--good)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:.8rem;margin:1.6rem 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:.8rem;margin:1.6rem 0}
 .tile{background:var(--raised);border:1px solid var(--line);border-radius:10px;padding:.9rem 1.1rem}
 .tile b{display:block;font-size:1.65rem;line-height:1.25;font-weight:650}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,29rem),1fr));gap:1rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,29rem),1fr));gap:1rem}
 figure{margin:0;background:var(--raised);border:1px solid var(--line);border-radius:10px;padding:.9rem 1rem .7rem}
 figcaption{font-weight:600;margin-bottom:.3rem}
 figure>svg{display:block;width:100%;height:auto}
 svg text{fill:var(--ink);font-size:12px;font-family:inherit}svg .tick{fill:var(--faint);font-size:11px}
 svg .label{fill:var(--faint)}.grid{stroke:var(--line)}.axis{stroke:var(--axis)}.one{stroke:var(--ink);stroke-dasharray:2 3}
 line.limit{stroke:var(--bad);stroke-dasharray:5 4}text.limit{fill:var(--bad)}
-.line{fill:none;stroke-width:2;stroke-linejoin:round}.dashed{stroke-dasharray:5 4}.interval{stroke-width:1.5;opacity:.55}.wide{stroke-width:3}
+.line{fill:none;stroke-width:2;stroke-linejoin:round}.dashed{stroke-dasharray:6 4}.dotted{stroke-dasharray:1.5 4;stroke-linecap:round}.interval{stroke-width:1.5;opacity:.55}.wide{stroke-width:3}
 .c0{stroke:var(--c0)}.c1{stroke:var(--c1)}.c2{stroke:var(--c2)}.c3{stroke:var(--c3)}.c4{stroke:var(--c4)}.c5{stroke:var(--c5)}
 .c6{stroke:var(--c6)}.c7{stroke:var(--c7)}circle{stroke-width:0}
 circle.c0{fill:var(--c0)}circle.c1{fill:var(--c1)}circle.c2{fill:var(--c2)}circle.c3{fill:var(--c3)}circle.c4{fill:var(--c4)}
@@ -172,7 +172,15 @@ fn roles(report: &Report) -> Vec<Role> {
     report.servers.iter().map(|server| server.role).collect()
 }
 
-/// A line for each wire and server.
+fn stroke(role: Role) -> Stroke {
+    match role {
+        Role::Server => Stroke::Solid,
+        Role::Compared => Stroke::Dashed,
+        Role::Echo => Stroke::Dotted,
+    }
+}
+
+/// A line for each wire and server: the wire's colour, the server's stroke.
 fn lines(report: &Report, point: impl Fn(usize, &Cell, &Side) -> Option<Point>) -> Vec<Series> {
     let (wires, roles) = (wires(report), roles(report));
     let mut lines = Vec::new();
@@ -184,8 +192,8 @@ fn lines(report: &Report, point: impl Fn(usize, &Cell, &Side) -> Option<Point>) 
             });
             lines.push(Series {
                 name: if roles.len() > 1 { format!("{wire}, {}", role.name()) } else { wire.to_string() },
-                colour: wire_at + role_at.saturating_sub(1) * wires.len(),
-                dashed: role_at > 0,
+                colour: wire_at,
+                stroke: stroke(*role),
                 marked: true,
                 points: points.collect(),
             });
@@ -261,10 +269,10 @@ fn throughput(report: &Report) -> String {
 
 /// With one server a chart for each wire, with a line for each load; with several a chart for each load.
 fn percentiles(report: &Report) -> String {
-    let line = |name: String, colour: usize, dashed: bool, side: &Side| Series {
+    let line = |name: String, colour: usize, side: &Side| Series {
         name,
         colour,
-        dashed,
+        stroke: Stroke::Solid,
         marked: false,
         points: side
             .curve
@@ -282,14 +290,14 @@ fn percentiles(report: &Report) -> String {
     let charts: Vec<Chart> = if roles(report).len() > 1 {
         let one = |cell: &Cell| {
             let sides = cell.sides.iter().enumerate();
-            let series = sides.map(|(at, side)| line(side.role.name().into(), at, at > 0, side)).collect();
+            let series = sides.map(|(at, side)| line(side.role.name().into(), at, side)).collect();
             chart(format!("{}, {}", cell.protocol, cell.load.text()), series)
         };
         report.cells.iter().map(one).collect()
     } else {
         let one = |wire: Wire| {
             let cells = report.cells.iter().filter(|cell| cell.protocol == wire).enumerate();
-            let series = cells.filter_map(|(at, cell)| Some(line(cell.load.text(), at, false, cell.sides.first()?)));
+            let series = cells.filter_map(|(at, cell)| Some(line(cell.load.text(), at, cell.sides.first()?)));
             chart(wire.to_string(), series.collect())
         };
         wires(report).into_iter().map(one).collect()
@@ -426,10 +434,10 @@ fn ramps(report: &Report) -> String {
 fn ramp_chart(ramp: &Ramp, report: &Report) -> Chart {
     let mut probes: Vec<_> = ramp.probes.iter().filter(|probe| probe.latency_ms > 0.0).collect();
     probes.sort_by(|one, other| one.rate.total_cmp(&other.rate));
-    let line = |name: &str, colour: usize, dashed: bool, of: fn(&super::report::Probe) -> f64| Series {
+    let line = |name: &str, colour: usize, stroke: Stroke, of: fn(&super::report::Probe) -> f64| Series {
         name: name.into(),
         colour,
-        dashed,
+        stroke,
         marked: true,
         points: probes
             .iter()
@@ -454,8 +462,8 @@ fn ramp_chart(ramp: &Ramp, report: &Report) -> Chart {
         x: Axis::new("requests due each second", Scale::Log),
         y: Axis::new("latency, ms", Scale::Log),
         series: vec![
-            line(percentile, 0, false, |probe| probe.latency_ms),
-            line("median", 1, true, |probe| probe.p50_ms),
+            line(percentile, 0, Stroke::Solid, |probe| probe.latency_ms),
+            line("median", 1, Stroke::Dashed, |probe| probe.p50_ms),
         ],
         limit: report.verdict.slo_ms.map(|limit| (limit, slo.clone())),
     }
@@ -517,7 +525,7 @@ fn ceiling_chart(
     let series = layouts.iter().enumerate().map(|(colour, layout)| Series {
         name: format!("{} × {}", layout.0, layout.1),
         colour,
-        dashed: false,
+        stroke: Stroke::Solid,
         marked: true,
         points: ceiling
             .cells

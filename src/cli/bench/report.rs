@@ -193,6 +193,8 @@ pub(super) struct Ratio {
     pub(super) throughput: Option<Estimate>,
     pub(super) p50: Option<Estimate>,
     pub(super) p99: Option<Estimate>,
+    /// The servers' CPU time for each answer.
+    pub(super) server_cpu: Option<Estimate>,
 }
 
 /// The search for the highest rate that meets the objective.
@@ -339,6 +341,7 @@ impl Ratio {
             throughput: ratio(|side| side.throughput.as_ref()),
             p50: ratio(|side| side.latency_ms.p50.as_ref()),
             p99: ratio(|side| side.latency_ms.p99.as_ref()),
+            server_cpu: ratio(|side| side.server_cpu_us.as_ref()),
         }
     }
 }

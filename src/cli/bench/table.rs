@@ -75,7 +75,7 @@ fn ratios(report: &Report) -> String {
     if pairs.is_empty() {
         return String::new();
     }
-    let heads = ["", "", "ratio", "answers/s", "", "p50", "", "p99", ""];
+    let heads = ["", "", "ratio", "answers/s", "", "p50", "", "p99", "", "server CPU", ""];
     let mut rows = vec![heads.map(String::from).to_vec()];
     for (cell, ratio) in pairs {
         let mut row = vec![
@@ -83,12 +83,15 @@ fn ratios(report: &Report) -> String {
             cell.load.text(),
             format!("{} / {}", ratio.over.name(), ratio.under.name()),
         ];
-        for estimate in [&ratio.throughput, &ratio.p50, &ratio.p99] {
+        for estimate in [&ratio.throughput, &ratio.p50, &ratio.p99, &ratio.server_cpu] {
             row.extend(estimate.as_ref().map_or([String::from("–"), String::new()], |found| {
                 [format!("{:.3}", found.median), format!("{:.3}–{:.3}", found.low, found.high)]
             }));
         }
         rows.push(row);
+    }
+    if report.cells.iter().flat_map(|cell| &cell.ratios).all(|ratio| ratio.server_cpu.is_none()) {
+        rows.iter_mut().for_each(|row| row.truncate(9));
     }
     format!("\n{}", aligned(&rows, true))
 }
