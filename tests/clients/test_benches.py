@@ -114,8 +114,10 @@ def test_the_best_settings_are_found_for_many_and_for_one():
 
 def measured():
     """Every kind of measurement that the page tells of, as matrix.py keeps it."""
-    side = lambda rate: {"per_second": [rate] * 11, "p50": [6.0] * 11, "p99": [9.0] * 11}  # noqa: E731
-    pair = {"ours": side(270.0), "theirs": side(50_000.0)}
+    side = lambda rate, cpu: {  # noqa: E731
+        "per_second": [rate] * 11, "p50": [6.0] * 11, "p99": [9.0] * 11, "server_us": [cpu] * 11
+    }
+    pair = {"ours": side(270.0, 7000.0), "theirs": side(50_000.0, 20.0)}
     again = {"best": CELLS[3], "single": CELLS[1]}
     start = {"first": [0.5], "second": [0.2], "memory": [{"rss": 64 << 20, "pss": 32 << 20}]}
     engine = {"engine/encoder_32/binary": again}
@@ -136,6 +138,14 @@ def test_the_page_tells_every_measurement_and_its_target():
     assert "| examples | 500 ms | 200 ms | 64 MiB | 32 MiB | +0 MiB |" in page
     for title in ("Targets", "Batching, over none", "Monitoring, over none", "Chosen by itself"):
         assert f"### {title}" in page
+
+
+def test_cpu_time_decides_where_rounds_cannot():
+    rounds = [0.9 + n / 50 for n in range(11)]
+    assert performance.judged([0.99] * 11, 0.98, True, [0.5] * 11) == "met"
+    assert performance.judged(rounds, 0.98, True) == "met?"
+    told = performance.judged(rounds, 0.98, True, [0.97] * 11)
+    assert told == "met? By CPU time 0.97 (0.97–0.97): missed"
 
 
 def test_only_what_stands_between_the_marks_is_written(tmp_path):
