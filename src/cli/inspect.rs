@@ -57,6 +57,8 @@ fn loaded(facts: &Facts) -> String {
     let ragged = if facts.ragged.plan.is_some() { "on" } else { "off" };
     lines.push(("ragged", format!("{ragged}: {}", facts.ragged.reason)));
     lines.push(("threads", facts.threads()));
+    lines.push(("wide", facts.wide.clone()));
+    lines.push(("costs", facts.costs.clone()));
     lines.push(("producer", facts.producer.clone()));
     lines.push(("digest", facts.digest.to_string()));
     lines.push(("loaded in", format!("{:.0} ms", facts.load_time.as_secs_f64() * 1e3)));

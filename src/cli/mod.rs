@@ -92,7 +92,7 @@ fn print(text: &str) -> Result<()> {
     }
 }
 
-/// Flags that choose the engine, shared by the commands that load models without a server.
+/// Flags that say how models are loaded, shared by the commands that load models without a server.
 #[derive(Clone, clap::Args)]
 struct EngineArguments {
     /// `auto`, `onnxruntime` or `tract`; otherwise TIDEGATE_ENGINE [default: auto]
@@ -101,15 +101,18 @@ struct EngineArguments {
     /// Path of ONNX Runtime's library; otherwise TIDEGATE_ONNXRUNTIME, ORT_DYLIB_PATH, then beside the binary
     #[arg(long, value_name = "FILE")]
     onnxruntime: Option<String>,
+    /// Where what was measured of models is remembered; `none` for nowhere; otherwise TIDEGATE_CACHE_DIR
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<String>,
 }
 
 impl EngineArguments {
     /// A registry that is loaded once and not watched, and the cores it may plan for.
     fn registry(self, root: PathBuf) -> Result<(registry::Config, usize)> {
         let surroundings = surroundings::read();
-        let flags = config::given([("engine", self.engine), ("onnxruntime", self.onnxruntime)]);
-        let engines = config::engines(flags, &surroundings)?;
-        let config = registry::Config { root, temp_dir: surroundings.temp_dir, engines, ..registry::Config::default() };
+        let flags =
+            config::given([("engine", self.engine), ("onnxruntime", self.onnxruntime), ("cache_dir", self.cache_dir)]);
+        let config = registry::Config { root, ..config::loading(flags, &surroundings)? };
         Ok((config, surroundings.cores))
     }
 }

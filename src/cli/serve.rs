@@ -48,6 +48,10 @@ pub(super) struct Arguments {
     /// Whether clients may load and unload models over the data ports, too [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     repository_api: Option<String>,
+    /// Where model files are copied to, and what was measured of them is remembered; none remembers nothing
+    /// [default: the system's temporary folder, and $XDG_CACHE_HOME/tidegate or ~/.cache/tidegate]
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<String>,
     /// text or json [default: text]
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<String>,
@@ -66,6 +70,7 @@ impl Arguments {
             ("model_control", self.model_control.clone()),
             ("load_model", (!self.load_model.is_empty()).then(|| self.load_model.join(","))),
             ("repository_api", self.repository_api.clone()),
+            ("cache_dir", self.cache_dir.clone()),
             ("log_format", self.log_format.clone()),
         ])
     }

@@ -19,6 +19,8 @@ pub(super) struct Arguments {
 #[expect(clippy::print_stdout, reason = "the verdicts are what the command is for")]
 pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     let (config, cores) = arguments.engine.registry(arguments.registry)?;
+    // Nothing is served here.
+    let config = registry::Config { calibrate: false, ..config };
     let reports = registry::validate(&config, cores)?;
     for report in &reports {
         println!("{}", verdict(report));

@@ -12,7 +12,7 @@ use std::fmt;
 
 use crate::problem::Problem;
 
-pub use resolve::{LogFormat, Resolved, Surroundings, engines, resolve};
+pub use resolve::{LogFormat, Resolved, Surroundings, loading, resolve};
 pub use settings::{SETTINGS, Setting, reference};
 
 /// What was typed, by key, as given by flags.

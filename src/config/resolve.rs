@@ -47,9 +47,9 @@ pub fn resolve(flags: Given, file: Option<File>, surroundings: &Surroundings) ->
     Texts::of(file, flags, surroundings, problems).read(|texts| build(texts, surroundings))
 }
 
-/// The engines alone, for commands that load models without a server.
-pub fn engines(flags: Given, surroundings: &Surroundings) -> Result<EnginesConfig, Problems> {
-    Texts::of(Given::new(), flags, surroundings, Vec::new()).read(|texts| engines_of(texts, surroundings))
+/// For commands that load models without a server: without a registry, which they are told by themselves.
+pub fn loading(flags: Given, surroundings: &Surroundings) -> Result<registry::Config, Problems> {
+    Texts::of(Given::new(), flags, surroundings, Vec::new()).read(|texts| loading_of(texts, surroundings))
 }
 
 /// Names the file, and is read by `cli`.
@@ -242,12 +242,34 @@ fn registry(texts: &mut Texts, surroundings: &Surroundings, drain_timeout: Durat
         model_name: texts.take("model_name", String::new(), &registry::model_name_form(), |text| {
             registry::is_model_name(text).then(|| text.to_string())
         }),
-        cache_dir: texts.path("cache_dir"),
-        temp_dir: surroundings.temp_dir.clone(),
         control: control(texts),
         drain_timeout,
-        engines: engines_of(texts, surroundings),
+        ..loading_of(texts, surroundings)
     }
+}
+
+/// What loading models takes, served or not.
+fn loading_of(texts: &mut Texts, surroundings: &Surroundings) -> registry::Config {
+    let (cache_dir, remember_in) = match texts.path("cache_dir") {
+        None => (None, user_cache(surroundings)),
+        Some(none) if none.as_os_str() == "none" => (None, None),
+        Some(folder) => (Some(folder.clone()), Some(folder)),
+    };
+    registry::Config {
+        cache_dir,
+        temp_dir: surroundings.temp_dir.clone(),
+        calibrate: texts.flag("calibration"),
+        remember_in: remember_in.map(|folder| folder.join("remembered")),
+        engines: engines_of(texts, surroundings),
+        ..registry::Config::default()
+    }
+}
+
+/// The user's own folder for caches, by the XDG's rules: relative ones do not count.
+fn user_cache(surroundings: &Surroundings) -> Option<PathBuf> {
+    let named = |name: &str| surroundings.variables.get(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let folder = named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")))?;
+    Some(folder.join("tidegate"))
 }
 
 fn control(texts: &mut Texts) -> Control {
@@ -405,11 +427,33 @@ mod tests {
             [("TIDEGATE_ENGINE", "tract"), ("TIDEGATE_ONNXRUNTIME", "a/lib.so"), ("TIDEGATE_HTTP_PORT", "x")];
         let variables = variables.map(|(name, text)| (name.to_string(), text.to_string())).into();
         let surroundings = Surroundings { variables, ..Surroundings::default() };
-        let found = engines(Given::new(), &surroundings).unwrap();
+        let found = loading(Given::new(), &surroundings).unwrap().engines;
         assert_eq!((found.choice, found.library), (BackendChoice::Tract, Some("a/lib.so".into())));
-        assert_eq!(engines(flag("auto"), &surroundings).unwrap().choice, BackendChoice::Auto);
-        let problems = engines(flag("tracked"), &surroundings).unwrap_err().to_string();
+        assert_eq!(loading(flag("auto"), &surroundings).unwrap().engines.choice, BackendChoice::Auto);
+        let problems = loading(flag("tracked"), &surroundings).unwrap_err().to_string();
         assert!(problems.contains("--engine: found `tracked`, expected `auto`"), "{problems}");
+    }
+
+    #[test]
+    fn what_is_remembered_lies_in_the_users_cache_unless_a_folder_is_named() {
+        let folders = |cache_dir: &str, variables: &[(&str, &str)]| {
+            let named = [("TIDEGATE_CACHE_DIR", cache_dir)];
+            let variables = variables.iter().chain(named.iter().filter(|(_, folder)| !folder.is_empty()));
+            let variables = variables.map(|(name, text)| (name.to_string(), text.to_string())).collect();
+            let surroundings = Surroundings { variables, temp_dir: "/tmp".into(), ..Surroundings::default() };
+            let config = loading(Given::new(), &surroundings).unwrap();
+            let text = |path: Option<PathBuf>| path.map(|path| path.display().to_string());
+            (text(config.cache_dir), text(config.remember_in))
+        };
+        let some = |text: &str| Some(text.to_string());
+        let home = ("HOME", "/home/me");
+        assert_eq!(folders("", &[home]), (None, some("/home/me/.cache/tidegate/remembered")));
+        assert_eq!(folders("", &[home, ("XDG_CACHE_HOME", "/x")]), (None, some("/x/tidegate/remembered")));
+        let relative = ("XDG_CACHE_HOME", "x");
+        assert_eq!(folders("", &[home, relative]), (None, some("/home/me/.cache/tidegate/remembered")));
+        assert_eq!(folders("", &[]), (None, None));
+        assert_eq!(folders("/var/cache/t", &[home]), (some("/var/cache/t"), some("/var/cache/t/remembered")));
+        assert_eq!(folders("none", &[home]), (None, None));
     }
 
     #[test]

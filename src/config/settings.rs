@@ -52,6 +52,11 @@ pub static SETTINGS: &[Setting] = &[
     flag("grpc_port", "8001", "port of the gRPC API; 0 picks a free one"),
     flag("metrics_port", "8002", "port of `/metrics`, `/livez` and `/readyz`; 0 picks a free one"),
     flag("admin_port", "8003", "port of the admin API; 0 picks a free one"),
+    flag(
+        "cache_dir",
+        "",
+        "folder that model files are copied to and loaded from, in a private folder that is removed at exit, and where what was measured of models is remembered for the next start, in `remembered`. By default copies lie in the system's temporary folder, and `remembered` in `$XDG_CACHE_HOME/tidegate` or `$HOME/.cache/tidegate`; `none`: nothing is remembered",
+    ),
     flag("log_format", "text", "`text` for people, `json` for machines: one object a line"),
     file_only("log_level", "info", "`error`, `warn`, `info`, `debug` or `trace`"),
     file_only("admin_host", "127.0.0.1", "address that the admin API listens on; only a loopback address is allowed"),
@@ -62,9 +67,9 @@ pub static SETTINGS: &[Setting] = &[
     ),
     file_only("onnxruntime", "", "path of ONNX Runtime's library; otherwise `ORT_DYLIB_PATH`, then beside the binary"),
     file_only(
-        "cache_dir",
-        "",
-        "private folder that model files are copied to and loaded from; by default a fresh one in the system's temporary folder, removed at exit",
+        "calibration",
+        "true",
+        "whether runs of a model on the CPU are timed when it is loaded, for about 0.3 s at most, so that its first requests find it tuned; what was found is remembered in `cache_dir`",
     ),
     file_only(
         "poll_interval",

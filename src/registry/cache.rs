@@ -97,6 +97,11 @@ impl Cache {
         Err(unusable(io::Error::other("its lock file is taken away again and again")))
     }
 
+    /// This registry's own.
+    pub fn folder(&self) -> &Path {
+        &self.run
+    }
+
     /// Copies a model as `name`, those of the files `beside` it that are there, and the further ones that `describe`,
     /// which is given the copy of the model, finds to be needed. After an error nothing of the version is left behind.
     pub fn copy<T, E: From<CacheError>>(

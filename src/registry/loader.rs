@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cache::{Cache, CacheError, Cached};
+use super::calibrate::Sizes;
 use super::engines::{Chosen, Engines};
 use super::golden::{self, Goldens};
 use super::invent::{self, Random, Recipe};
@@ -20,6 +21,7 @@ use super::placement::{Placed, Placement, Site};
 use super::probe::Probe;
 use super::selftest::{self, BatchDecision};
 use super::source::{Discovered, Format, GOLDEN_FILE, MODEL_FILE, read_beside};
+use super::timing::{Subject, Timed, Timing};
 use super::version::{Facts, OutputInfo, Version};
 use super::warmup::WarmUps;
 use super::{declared, ragged, view, warmup};
@@ -71,6 +73,7 @@ pub struct Loader {
     pub engines: Engines,
     pub cores: usize,
     pub gate: Arc<Gate>,
+    pub timing: Timing,
 }
 
 /// A version in the cache, described but not loaded.
@@ -298,6 +301,20 @@ impl Loader {
         if config.goldens_on_load && goldens.is_none() {
             return Err(Failure::Golden("is not there".into()));
         }
+        let timed: Vec<Timed> = devices
+            .iter()
+            .zip(&mut probes)
+            .map(|(placed, probe)| {
+                let most_rows = if batching.enabled { preferred_rows } else { 1 };
+                let sizes = Sizes { signature: &signature, most_rows, ragged: ragged.plan.as_deref() };
+                let (site, digest, gate) = (&site, &*staged.cached.digest, &self.gate);
+                self.timing.time(&Subject { site, config, digest, placed, sizes, gate }, probe)
+            })
+            .collect();
+        let told = |of: fn(&Timed) -> &String| {
+            let on_cpu = timed.iter().map(of).find(|told| !told.is_empty());
+            on_cpu.cloned().unwrap_or_else(|| "not on a GPU".into())
+        };
         let facts = Facts {
             name: Arc::clone(&found.key.model),
             id: found.key.version,
@@ -314,22 +331,18 @@ impl Loader {
             ragged,
             max_batch_size,
             preferred_rows,
+            costs: told(|timed| &timed.told),
+            wide: told(|timed| &timed.wide_told),
             producer: staged.description.producer().to_string(),
             load_time: staged.begun.elapsed(),
             warnings,
         };
-        let group = |(placed, probe): (Placed, Probe)| {
+        let group = |((placed, probe), Timed { costs, wide, .. }): ((Placed, Probe), Timed)| {
             let (instances, cores) = (placed.plan.instances, placed.cores());
-            Ok::<_, Failure>(Group {
-                model: placed.model,
-                instance: probe.into_instance()?,
-                instances,
-                cores,
-                costs: Vec::new(),
-                wide: None,
-            })
+            let instance = probe.into_instance()?;
+            Ok::<_, Failure>(Group { model: placed.model, instance, instances, cores, costs, wide })
         };
-        let groups = devices.into_iter().zip(probes).map(group).collect::<Result<_, _>>()?;
+        let groups = devices.into_iter().zip(probes).zip(timed).map(group).collect::<Result<_, _>>()?;
         Ok(Made { facts, goldens, groups })
     }
 

@@ -10,6 +10,7 @@
 //! `retire` drains, joins and drops. None is needed to answer a request.
 
 mod cache;
+mod calibrate;
 mod control;
 mod declared;
 mod engines;
@@ -23,11 +24,13 @@ mod placement;
 mod plan;
 mod probe;
 mod ragged;
+mod remembered;
 mod report;
 mod retire;
 mod selftest;
 mod source;
 mod table;
+mod timing;
 mod version;
 mod view;
 mod warmup;
@@ -50,8 +53,10 @@ use cache::Cache;
 use control::{Change, Request};
 use engines::Summary;
 use loader::Loader;
+use remembered::Remembered;
 use retire::Retiring;
 use source::Folder;
+use timing::Timing;
 use watch::Watch;
 use writer::{Beside, Command, Writer};
 
@@ -90,6 +95,10 @@ pub struct Config {
     /// Where private copies of model files are kept; the system's temporary folder otherwise.
     pub cache_dir: Option<PathBuf>,
     pub temp_dir: PathBuf,
+    /// Time what runs of models cost when they are loaded.
+    pub calibrate: bool,
+    /// Where that is kept for the next start; nowhere otherwise.
+    pub remember_in: Option<PathBuf>,
     pub control: Control,
     /// How long the last requests of a retired version may take.
     pub drain_timeout: Duration,
@@ -104,6 +113,14 @@ impl Config {
 
     fn open_cache(&self) -> Result<Cache, CacheError> {
         Cache::open(self.cache_dir.as_ref().unwrap_or(&self.temp_dir))
+    }
+
+    fn timing(&self, cores: usize, cache: &Cache) -> Timing {
+        let remembered = self.remember_in.as_ref().filter(|_| self.calibrate).and_then(|folder| {
+            let opened = Remembered::new(folder.clone(), cache.folder());
+            opened.inspect_err(|error| tracing::warn!("what is measured of models is not remembered: {error}")).ok()
+        });
+        Timing::new(self.calibrate, remembered, cores)
     }
 }
 
@@ -188,7 +205,13 @@ impl Registry {
         let mut writer = Writer {
             folder,
             watch: Watch::new(scan),
-            loader: Arc::new(Loader { cache: Arc::clone(&cache), engines, cores, gate }),
+            loader: Arc::new(Loader {
+                timing: config.timing(cores, &cache),
+                cache: Arc::clone(&cache),
+                engines,
+                cores,
+                gate,
+            }),
             monitor,
             shared: Arc::clone(&shared),
             retire,

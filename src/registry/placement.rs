@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::model_config::MAX_INSTANCES;
 use crate::backend::{Artifact, Backend, Device, LoadError, LoadOptions, Model, gpus};
-use crate::scheduler::{ThreadPlan, Wish};
+use crate::scheduler::{MAX_COPIED_WEIGHTS_BYTES, Reason, ThreadPlan, Wish};
 
 /// Instances that are configured together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -143,6 +143,25 @@ impl Site<'_> {
         Ok(())
     }
 
+    /// The same on the CPU with all cores for every run. The error says why that is not to be tried.
+    pub fn load_wide(&self, placed: &Placed) -> Result<Arc<dyn Model>, String> {
+        let off = |why: &str| Err(format!("off: {why}"));
+        if self.cores < 2 {
+            return off("there is one core");
+        }
+        if placed.plan.reason != Reason::OnePerCore {
+            return off("instances and threads are given, or follow from the size of the weights");
+        }
+        if !self.backend.spreads_runs() {
+            return off("the engine runs on one core");
+        }
+        if self.artifact.bytes > MAX_COPIED_WEIGHTS_BYTES / 2 {
+            return off("the weights would be in memory twice, and are too large for that");
+        }
+        let options = LoadOptions { device: Device::Cpu, threads: self.cores };
+        self.backend.load(self.artifact, &options).map_err(|error| format!("off: {error}"))
+    }
+
     /// The error says that there is no GPU.
     fn devices(&self, devices: &Devices) -> Result<Vec<Device>, String> {
         match devices {
@@ -240,7 +259,6 @@ mod tests {
     use super::*;
     use crate::backend::Description;
     use crate::backend::fake::Fake;
-    use crate::scheduler::Reason;
 
     const NO_GPU: fn() -> Result<u32, String> = || Err("no NVIDIA driver was found".into());
 

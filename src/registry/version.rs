@@ -72,6 +72,10 @@ pub struct Facts {
     /// The most rows one request may carry, where declared.
     pub max_batch_size: Option<usize>,
     pub preferred_rows: usize,
+    /// What runs on the CPU were timed to take.
+    pub costs: String,
+    /// Whether a request that is alone is run on all cores, and why.
+    pub wide: String,
     /// The exporter that wrote the file.
     pub producer: String,
     /// From the first byte copied to the end of the warm-up.
@@ -198,6 +202,8 @@ impl Facts {
             ("ragged_batching", if self.ragged.plan.is_some() { "on" } else { "off" }.to_string()),
             ("ragged_batching_reason", self.ragged.reason.clone()),
             ("threads", self.threads()),
+            ("wide", self.wide.clone()),
+            ("costs", self.costs.clone()),
         ]
     }
 }

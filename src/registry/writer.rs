@@ -526,6 +526,9 @@ impl Writer {
             batching_reason: &facts.batching.reason,
         }
         .emit(&self.monitor);
+        tracing::info!(
+            model = &*facts.name, version = %facts.id, costs = facts.costs, wide = facts.wide, "what its runs cost"
+        );
         for warning in &facts.warnings {
             tracing::warn!(model = &*facts.name, version = %facts.id, "{warning}");
         }

@@ -56,7 +56,7 @@ use worker::{Positions, Worker, blame};
 pub use cost::Sample;
 pub use gate::{Account, Gate};
 pub use limit::LatencyGoal;
-pub use threads::{Reason, ThreadPlan, Wish};
+pub use threads::{MAX_COPIED_WEIGHTS_BYTES, Reason, ThreadPlan, Wish};
 
 pub const DEFAULT_PREFERRED_ROWS: usize = 32;
 pub const DEFAULT_MAX_QUEUE_REQUESTS: usize = 1024;

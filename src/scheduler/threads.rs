@@ -7,7 +7,7 @@
 use std::fmt;
 
 /// Bytes that the copies of one model's weights may take together before the plan prefers fewer, wider instances.
-const MAX_COPIED_WEIGHTS_BYTES: u64 = 512 << 20;
+pub const MAX_COPIED_WEIGHTS_BYTES: u64 = 512 << 20;
 
 /// What is known and wanted of one model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -77,7 +77,14 @@ fn inspect_shows_signature_engine_batching_and_threads() {
     assert_eq!(lines(&text, "input"), ["image FP32 [-1,64]"; 2]);
     assert_eq!(lines(&text, "output"), ["probabilities FP32 [-1,10]  (probabilities, 10 labels)"; 2]);
     let engine = if without_onnxruntime() { "tract " } else { "onnxruntime " };
-    let expected = [("engine", engine), ("batching", "on, up to "), ("threads", ""), ("digest", "sha256:")];
+    let expected = [
+        ("engine", engine),
+        ("batching", "on, up to "),
+        ("threads", ""),
+        ("wide", "o"),
+        ("costs", "a row "),
+        ("digest", "sha256:"),
+    ];
     for (name, start) in expected {
         let found = lines(&text, name);
         assert!(found.len() == 2 && found.iter().all(|line| line.starts_with(start)), "{name}: {found:?}");

@@ -20,6 +20,39 @@ fn digits() -> serde_json::Value {
     json!({"inputs": [{"name": "image", "shape": [1, 64], "datatype": "FP32", "data": vec![1.0; 64]}]})
 }
 
+#[test]
+fn what_runs_cost_is_timed_once_and_remembered_until_something_differs() {
+    let models = Models::new().with("tumor").with("digits_st");
+    let cache = tempfile::tempdir().unwrap();
+    let remembered = cache.path().join("remembered");
+    let costs = |model: &str, calibration: bool| {
+        let server = TestServer::of(models.path()).set("cache_dir", cache.path().display());
+        let server = server.set("calibration", calibration).start();
+        let properties = server.get(&format!("/v2/models/{model}")).json()["properties"].clone();
+        assert!(properties["wide"].as_str().unwrap().starts_with("o"), "{properties}");
+        properties["costs"].as_str().unwrap().to_string()
+    };
+    let is = |costs: String, when: &str| {
+        assert!(costs.starts_with("a row ") && costs.ends_with(when), "{costs}, expected {when}");
+    };
+    assert!(costs("tumor", false).starts_with("not timed"));
+    assert!(!remembered.exists());
+    is(costs("tumor", true), "(timed at this load)");
+    is(costs("tumor", true), "(remembered from an earlier load)");
+    is(costs("digits_st", true), "(remembered from an earlier load)");
+    for file in std::fs::read_dir(&remembered).unwrap() {
+        std::fs::write(file.unwrap().path(), "damaged").unwrap();
+    }
+    is(costs("tumor", true), "(timed at this load)");
+    is(costs("tumor", true), "(remembered from an earlier load)");
+    models.write("tumor/model.toml", "[batching]\npreferred_rows = 4\n");
+    is(costs("tumor", true), "(timed at this load)");
+    // A folder that cannot be written is no reason not to serve.
+    std::fs::remove_dir_all(&remembered).unwrap();
+    std::fs::write(&remembered, "a file in its place").unwrap();
+    is(costs("tumor", true), "(timed at this load)");
+}
+
 fn version(reply: &Reply) -> String {
     reply.json()["model_version"].as_str().unwrap_or_default().to_string()
 }

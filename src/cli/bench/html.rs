@@ -184,7 +184,7 @@ fn stroke(role: Role) -> Stroke {
 fn lines(report: &Report, point: impl Fn(usize, &Cell, &Side) -> Option<Point>) -> Vec<Series> {
     let (wires, roles) = (wires(report), roles(report));
     let mut lines = Vec::new();
-    for (role_at, role) in roles.iter().enumerate() {
+    for role in &roles {
         for (wire_at, wire) in wires.iter().enumerate() {
             let cells = report.cells.iter().filter(|cell| cell.protocol == *wire).enumerate();
             let points = cells.filter_map(|(position, cell)| {
