@@ -432,12 +432,13 @@ mod tests {
             .emit(&monitor);
         }
         let text = monitor.render();
-        for absent in ["tidegate_requests_total{", "tidegate_executions_total{", "tidegate_batch_size_count{"] {
+        for absent in ["tidegate_requests_total{", "tidegate_batch_size_count{"] {
             assert!(!text.contains(absent), "{absent} in {text}");
         }
         let told = [
             "tidegate_requests_refused_total{kind=\"not_found\"",
             "tidegate_model_ready{model=\"m\",version=\"1\"} 1",
+            "tidegate_executions_total{model=\"m\",version=\"1\"} 0",
             "tidegate_prediction_elements_total{model=\"m\",version=\"1\",output=\"value\"} 0",
         ];
         for present in told {

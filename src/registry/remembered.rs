@@ -214,7 +214,9 @@ pub fn machine(cores: usize) -> String {
         let line = text.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name));
         line.and_then(|line| line.split_once(':')).map_or("unknown", |(_, value)| value.trim())
     };
-    format!("{cores} cores, {} {}, {}", std::env::consts::ARCH, of("model name"), &hex(of("flags").as_bytes())[..16])
+    // As x86 and as ARM call what a processor can do.
+    let features = hex(format!("{} {}", of("flags"), of("Features")).as_bytes());
+    format!("{cores} cores, {}, {}", of("model name"), &features[..16])
 }
 
 #[cfg(test)]

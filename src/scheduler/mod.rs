@@ -202,6 +202,8 @@ struct State {
     /// Jobs taken and not yet answered, and their rows.
     running: usize,
     running_rows: usize,
+    /// Of these, of workers that have begun to reply.
+    answering: usize,
     handles: Vec<JoinHandle<()>>,
 }
 
@@ -301,7 +303,7 @@ impl State {
     /// The group's wide instance and its threads, if that answers this job sooner: it is the only one here, and was for
     /// two such runs. Whoever is second would wait for all cores at once.
     fn take_wide(&mut self, group: usize, job: &Job, now: Instant) -> Option<(Box<dyn Instance>, usize)> {
-        if !self.batcher.is_empty() || self.running > 1 || self.inline > 0 {
+        if !self.is_alone() {
             return None;
         }
         let wide = self.wide[group].as_mut()?;
@@ -310,6 +312,11 @@ impl State {
         let alone = self.crowded.is_none_or(|crowded| now.saturating_duration_since(crowded) > 2 * expected);
         let pays = expected < narrow.mul_f64(WIDE_SAVES);
         Some((wide.instance.take_if(|_| alone && pays)?, wide.cores))
+    }
+
+    /// At most one request is here; those that hear their answer by now are not.
+    fn is_alone(&self) -> bool {
+        self.batcher.len() + self.running - self.answering + self.inline <= 1
     }
 
     fn give_wide(&mut self, group: usize, instance: Box<dyn Instance>) {
@@ -382,6 +389,7 @@ impl Scheduler {
             inline: 0,
             running: 0,
             running_rows: 0,
+            answering: 0,
             handles: Vec::new(),
         };
         Scheduler {
@@ -505,7 +513,7 @@ impl Shared {
         let rows = if self.batching.load(Ordering::Relaxed) { rows } else { 1 };
         let full = state.full(extent);
         let ticket = state.batcher.push(Entry { key, priority, rows, full, bytes, arrived: now, item: job });
-        if state.batcher.len() + state.running + state.inline > 1 {
+        if !state.is_alone() {
             state.crowded = Some(now);
         }
         self.emit_queue(&state);

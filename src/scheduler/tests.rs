@@ -1056,5 +1056,6 @@ async fn a_wide_instance_that_panics_is_not_missed() {
     assert_eq!(kind(bench.submit(&[PANIC])).await, Kind::BackendFailed);
     done(bench.submit(&[2.0])).await.unwrap();
     assert_eq!((wide.runs().len(), narrow.runs()), (1, vec![vec![2.0]]));
-    assert_eq!(bench.scheduler.shared.gate.room().free, 4);
+    // All cores are free again.
+    drop(bench.scheduler.shared.gate.acquire(usize::MAX));
 }

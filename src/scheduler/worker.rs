@@ -332,6 +332,7 @@ impl Worker {
     fn count_out(&mut self, state: &mut State) {
         let ended = std::mem::take(&mut self.running);
         state.running -= ended;
+        state.answering -= if self.returning { ended } else { 0 };
         state.running_rows -= std::mem::take(&mut self.running_rows);
         if let Some((instance, _)) = self.wide.take() {
             state.give_wide(self.group, instance);
@@ -369,7 +370,12 @@ impl Worker {
     /// Callers that hear their answer may send the next request before this worker is back.
     fn set_returning(&mut self) {
         if !std::mem::replace(&mut self.returning, true) {
-            lock(&self.shared.state).returning += 1;
+            let mut state = lock(&self.shared.state);
+            state.returning += 1;
+            state.answering += self.running;
+            if let Some((instance, _)) = self.wide.take() {
+                state.give_wide(self.group, instance);
+            }
         }
     }
 
