@@ -189,7 +189,8 @@ def quiet_beside_greedy(effort, server):
     """A model that is asked now and then, alone and while two others are asked without end."""
     quiet, greedy = WORKLOADS[1], (WORKLOADS[2], WORKLOADS[4])
     asked = ["--url", server.url, "--protocol", "binary"]
-    now_and_then = ["--rate", QUIET_RATE, "--rounds", 1, "--duration", f"{QUIET_SECONDS * effort.scale}s", "--warm-up", "0s"]
+    now_and_then = ["--rate", QUIET_RATE, "--rounds", 1, "--warm-up", "0s"]
+    now_and_then += ["--duration", f"{QUIET_SECONDS * effort.scale}s"]
     sides = {"alone": [], "beside": []}
     for number in range(effort.rounds):
         for where in ("alone", "beside") if number % 2 else ("beside", "alone"):
@@ -206,8 +207,8 @@ def asking(server, workloads):
     for workload in workloads:
         command = [BINARY, "bench", "--url", server.url, "--model", workload.model, "--data", workload.data()]
         command += ["--concurrency", GREEDY_CLIENTS, "--rounds", 1, "--duration", f"{CELL_SECONDS}s", "--warm-up", "0s"]
-        command = [str(part) for part in command]
-        processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0))
+        unread = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        processes.append(subprocess.Popen([str(part) for part in command], **unread, process_group=0))
     try:
         time.sleep(1.0 if processes else 0.0)
         if any(process.poll() is not None for process in processes):

@@ -23,7 +23,9 @@ LEAST_TOLD = 0.02  # of ratios to the bare transport
 
 
 def surroundings():
-    told = lambda *command: subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY).stdout.strip()  # noqa: E731
+    def told(*command):
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY).stdout.strip()
+
     fields = dict(
         line.split(":", 1) for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
     )

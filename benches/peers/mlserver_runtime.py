@@ -35,7 +35,7 @@ def main(registry, http_port, grpc_port):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     settings = {"host": "127.0.0.1", "http_port": http_port, "grpc_port": grpc_port, "metrics_port": 0}
-    settings |= {"parallel_workers": v2.cores(), "metrics_endpoint": None, "debug": False, "use_structured_logging": False}
+    settings |= {"parallel_workers": v2.cores(), "metrics_endpoint": None, "debug": False}
     (folder / "settings.json").write_text(json.dumps(settings))
     for name, session in v2.sessions(registry).items():
         described = v2.metadata(name, session)

@@ -39,7 +39,7 @@ def arrays(body):
 
 def answer(name, session, values):
     outputs = [
-        {"name": output.name, "datatype": NAMES[output.type], "shape": list(value.shape), "data": value.ravel().tolist()}
+        described([output])[0] | {"shape": list(value.shape), "data": value.ravel().tolist()}
         for output, value in zip(session.get_outputs(), values)
     ]
     return {"model_name": name, "model_version": "1", "outputs": outputs}
