@@ -15,7 +15,7 @@ use crate::cli::{run, stderr, stdout};
 use crate::support::{Models, TestServer, root, without_onnxruntime};
 
 /// Short, for what is not about time.
-const QUICK: [&str; 6] = ["--rounds", "2", "--duration", "150ms", "--warm-up", "0"];
+const QUICK: [&str; 6] = ["--rounds", "2", "--duration", "300ms", "--warm-up", "0"];
 
 fn bench(arguments: &[&str]) -> Output {
     run(&[&["bench"], arguments].concat(), &[])
@@ -163,7 +163,7 @@ fn servers_are_compared_round_by_round_and_the_page_needs_nothing_else() {
     for cell in report["cells"].as_array().unwrap() {
         let sides: Vec<&Value> = cell["sides"].as_array().unwrap().iter().map(|side| &side["role"]).collect();
         assert_eq!(sides, ["server", "compared", "echo"]);
-        assert!(number(&cell["sides"][2]["server_cpu_us"]["median"]) > 0.0 || !cfg!(target_os = "linux"));
+        assert!(cell["sides"][2]["server_cpu_us"]["median"].is_number() || !cfg!(target_os = "linux"));
         let ratios = cell["ratios"].as_array().unwrap();
         assert_eq!(ratios.len(), 2);
         for ratio in ratios {
@@ -353,8 +353,8 @@ fn errors_are_counted_by_kind() {
         || Duration::ZERO,
     );
     let url = format!("http://{address}");
-    let arguments = ["-m", "m", "-u", &url, "-p", "json", "--data", &data, "-c", "2", "--timeout", "20ms"];
-    let time = ["--rounds", "1", "--duration", "700ms", "--warm-up", "0"];
+    let arguments = ["-m", "m", "-u", &url, "-p", "json", "--data", &data, "-c", "2", "--timeout", "100ms"];
+    let time = ["--rounds", "1", "--duration", "2s", "--warm-up", "0"];
     let report = measured_with(&[&arguments[..], &time].concat(), 1);
     let side = &report["cells"][0]["sides"][0];
     let kinds: Vec<&str> =
@@ -371,14 +371,13 @@ fn an_open_loop_shows_a_stall_that_a_closed_one_hides() {
     let folder = tempfile::tempdir().unwrap();
     let data = request(folder.path());
     let report = |load: &[&str]| {
-        // From half a second after the first request for one second, whoever asks: once for each measurement.
+        // From one second after the first request for another, whoever asks: once for each measurement.
         let first = std::sync::OnceLock::new();
         let address = stub(
             |_| Does::Answer,
             move || {
                 let since = first.get_or_init(Instant::now).elapsed();
-                let stalls = (STALL / 2..STALL * 3 / 2).contains(&since);
-                if stalls { STALL * 3 / 2 - since } else { Duration::ZERO }
+                if since < STALL { Duration::ZERO } else { (2 * STALL).saturating_sub(since) }
             },
         );
         let url = format!("http://{address}");

@@ -23,7 +23,6 @@ use super::wire::{Encoded, Fault, Item, Reply, Wire, post};
 use crate::cli::client::{Client, Failure, ModelMetadata};
 use crate::cli::surroundings;
 use crate::error::visible;
-use crate::request::Protocol;
 
 /// Of a round, the part before the measured window: until connections and queues are as they will be.
 const LEAD: Duration = Duration::from_millis(200);
@@ -183,7 +182,6 @@ impl<'a> Measurement<'a> {
     async fn metadata(&self, asked: &Asked, server: &Remote) -> Result<ModelMetadata, Failure> {
         let rest = self.arguments.wires.iter().any(|wire| *wire != Wire::Grpc);
         let address = server.address(if rest { Wire::Json } else { Wire::Grpc });
-        debug_assert_eq!(address.protocol() == Protocol::Http, rest);
         let mut client = Client::connect(address, self.method.timeout).await?;
         client.model(&asked.name, &asked.version).await
     }

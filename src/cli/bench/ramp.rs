@@ -27,7 +27,8 @@ impl Search {
     pub(super) fn next(&self) -> Option<f64> {
         let next = match (self.met, self.missed) {
             (None, None) => self.first,
-            (Some(met), None) => met * 2.0,
+            (Some(met), None) if met >= MAX_RATE => return None,
+            (Some(met), None) => (met * 2.0).min(MAX_RATE),
             (None, Some(missed)) => missed / 2.0,
             (Some(met), Some(missed)) if missed / met <= PRECISION => return None,
             (Some(met), Some(missed)) => (met * missed).sqrt(),
@@ -73,7 +74,7 @@ mod tests {
     fn it_ends_where_nothing_or_everything_meets() {
         assert_eq!(search(100.0, 0.0).0, None);
         let (found, tried) = search(100.0, f64::INFINITY);
-        assert!(found.unwrap() > MAX_RATE / 2.0 && tried < MAX_PROBES);
+        assert!(found == Some(MAX_RATE) && tried < MAX_PROBES);
     }
 
     #[test]
