@@ -307,8 +307,8 @@ pub(super) struct Ratio {
 }
 
 const ROW_HEIGHT: f64 = 26.0;
-const NAMES_WIDTH: f64 = 250.0;
-const VALUES_WIDTH: f64 = 110.0;
+const NAMES_WIDTH: f64 = 200.0;
+const VALUES_WIDTH: f64 = 150.0;
 
 /// Medians with their intervals, one below the other, beside a line at 1.
 pub(super) fn ratios(title: &str, ratios: &[Ratio]) -> String {

@@ -334,6 +334,7 @@ fn ratios(report: &Report) -> String {
         charts.push_str(&chart(&name("Throughput"), |ratio| ratio.throughput.as_ref()));
         charts.push_str(&chart(&name("Median latency"), |ratio| ratio.p50.as_ref()));
         charts.push_str(&chart(&name("Tail latency (p99)"), |ratio| ratio.p99.as_ref()));
+        charts.push_str(&chart(&name("Server CPU for an answer"), |ratio| ratio.server_cpu.as_ref()));
     }
     if charts.is_empty() {
         return charts;
