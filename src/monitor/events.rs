@@ -184,6 +184,10 @@ pub struct VersionLoaded<'a> {
     pub instances: usize,
     pub batching: bool,
     pub batching_reason: &'a str,
+    /// What its runs take, for people.
+    pub costs: &'a str,
+    /// Whether a request that is alone runs on all cores, and why, for people.
+    pub wide: &'a str,
 }
 
 impl VersionLoaded<'_> {
@@ -198,6 +202,8 @@ impl VersionLoaded<'_> {
             instances,
             batching,
             batching_reason,
+            costs,
+            wide,
         } = self;
         *version.info() = Some(Info {
             digest: digest.into(),
@@ -211,7 +217,7 @@ impl VersionLoaded<'_> {
         monitor.loads_ok.increment(1);
         tracing::info!(
             model = %version.model, version = %version.version, digest, backend, backend_version, device, instances,
-            batching, batching_reason, seconds = duration.as_secs_f64(), "version ready"
+            batching, batching_reason, costs, wide, seconds = duration.as_secs_f64(), "version ready"
         );
     }
 }

@@ -524,11 +524,10 @@ impl Writer {
             instances: facts.instances(),
             batching: facts.batching.enabled,
             batching_reason: &facts.batching.reason,
+            costs: &facts.costs,
+            wide: &facts.wide,
         }
         .emit(&self.monitor);
-        tracing::info!(
-            model = &*facts.name, version = %facts.id, costs = facts.costs, wide = facts.wide, "what its runs cost"
-        );
         for warning in &facts.warnings {
             tracing::warn!(model = &*facts.name, version = %facts.id, "{warning}");
         }

@@ -132,7 +132,7 @@ fn requests_of_different_lengths_share_a_batch_and_each_answer_has_its_own_lengt
         let alone = LENGTHS.map(|length| answer(&server, model, length));
         drop(server);
         // Nothing runs before all are there: they share one batch for certain.
-        models.write(&settings, "[batching]\npreferred_rows = 4\nmax_delay = \"60s\"\n");
+        models.write(&settings, "[batching]\npreferred_rows = 4\nmax_delay = \"60s\"\ntune = false\n");
         let server = TestServer::of(models.path()).set("engine", choice).start();
         let properties = server.get(&format!("/v2/models/{model}")).json()["properties"].clone();
         assert_eq!((&properties["ragged_batching"], &properties["backend"]), (&json!("on"), &json!(engine)));
@@ -164,7 +164,10 @@ fn a_poison_request_fails_alone() {
     const POISON: usize = 17;
     let models = Models::new().with("gather");
     // Nothing runs before all are there: they share one batch for certain.
-    models.write("gather/model.toml", format!("[batching]\npreferred_rows = {REQUESTS}\nmax_delay = \"60s\"\n"));
+    models.write(
+        "gather/model.toml",
+        format!("[batching]\npreferred_rows = {REQUESTS}\nmax_delay = \"60s\"\ntune = false\n"),
+    );
     for engine in engines() {
         let server = Arc::new(TestServer::of(models.path()).set("engine", engine).start());
         let statuses: Vec<(usize, u16)> = thread::scope(|scope| {

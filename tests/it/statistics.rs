@@ -151,7 +151,10 @@ fn requests_that_share_an_execution_each_count_it() {
     const REQUESTS: usize = 4;
     let models = Models::new().with("gather");
     // The batch is sent when it is full, long before its delay is over.
-    models.write("gather/model.toml", format!("[batching]\npreferred_rows = {REQUESTS}\nmax_delay = \"60s\"\n"));
+    models.write(
+        "gather/model.toml",
+        format!("[batching]\npreferred_rows = {REQUESTS}\nmax_delay = \"60s\"\ntune = false\n"),
+    );
     let server = Arc::new(TestServer::of(models.path()).start());
     let callers = (0..REQUESTS).map(|_| {
         let server = Arc::clone(&server);
