@@ -197,8 +197,11 @@ pub fn wide(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe, one_core: &mut 
             }
             Err(why) => return (Vec::new(), format!("off: a run on all cores fails: {why}")),
         }
-        if let Ok(Some(compute)) = timed(sizes, Size { rows: 1, extent, elements: 1 }, probe) {
-            let gain = sample.compute.as_secs_f64() / compute.as_secs_f64().max(1e-9);
+        let size = Size { rows: 1, extent, elements: 1 };
+        if let Ok(Some(compute)) = timed(sizes, size, probe) {
+            // Once more beside it: what was busy then may not be now, and would pass for a gain.
+            let again = timed(sizes, size, one_core).ok().flatten().unwrap_or(sample.compute);
+            let gain = sample.compute.min(again).as_secs_f64() / compute.as_secs_f64().max(1e-9);
             samples.push(Sample { compute, ..*sample });
             if best.is_none_or(|(most, _)| gain > most) {
                 best = Some((gain, *sample));
