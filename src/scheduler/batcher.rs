@@ -206,6 +206,11 @@ impl<K: Clone + Eq + Hash, P: Copy + Ord, T> Batcher<K, P, T> {
         Some((head, self.lanes.get(&head.key)?.rows))
     }
 
+    /// One that waits.
+    pub fn get(&self, ticket: Ticket<P>) -> Option<&Entry<K, P, T>> {
+        self.queue.get(&ticket)
+    }
+
     /// At most `rows` of them, and `fits` says whether an entry joins so many rows.
     pub fn poll(
         &mut self,

@@ -6,8 +6,8 @@
 //!
 //! Owns whether it may be, and the run. Invariants: nothing is overtaken: what runs at once finds an empty queue, and a
 //! collector takes what a worker would; nothing is waited for,
-//! since the instance is idle and promised to nobody; the thread is held for about [`Config::longest_inline`]. A collector
-//! whose own caller leaves calls a worker in its stead. The compute gate is for workers: I/O threads share the cores with them anyway, and spend more on a JSON body than on such a run.
+//! since the instance is idle and promised to nobody; the thread is held for about [`Config::longest_inline`]. What a
+//! collector finds that takes longer, or fails together, it leaves to a worker. The compute gate is for workers: I/O threads share the cores with them anyway, and spend more on a JSON body than on such a run.
 //!
 //! Runs on the caller's thread, an I/O thread mostly. What the caller is not told of the instance, a panic for one, is
 //! settled by the guard that holds it.
@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 
 #[cfg(doc)]
 use super::Config;
-use super::{Answer, Positions, Shared, State, Worker, blame, lock};
+use super::cost::CostModel;
+use super::{Answer, Job, Positions, Shared, State, Ticket, Worker, blame, extent_of, lock};
 use crate::backend::Instance;
 use crate::error::Result;
 use crate::monitor::events::BatchExecuted;
@@ -51,13 +52,15 @@ impl Quickness {
         (nanos > 0).then(|| Duration::from_nanos(nanos))
     }
 
-    /// A run took that long; with other requests, one of so many bytes alone takes no longer.
-    pub(super) fn learn(&self, bytes: usize, took: Duration) {
+    /// A run took that long; with other requests, one of so many bytes alone takes no longer. One that failed may have
+    /// ended early: it proves nothing but that it took so long.
+    pub(super) fn learn(&self, bytes: usize, took: Duration, whole: bool) {
         let Some(size) = size(bytes) else { return };
         let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1);
         let before = self.longest[size].load(Ordering::Relaxed);
+        let down = if whole { before.saturating_sub(took).div_ceil(FALL) } else { 0 };
         // What two threads learn at once may be lost: more is learned all the time.
-        self.longest[size].store(took.max(before - before.saturating_sub(took).div_ceil(FALL)), Ordering::Relaxed);
+        self.longest[size].store(took.max(before - down), Ordering::Relaxed);
     }
 }
 
@@ -80,7 +83,7 @@ impl Pace {
         alone >= LOOKED_FOR_AFTER
     }
 
-    fn collected(&self, requests: usize) {
+    pub(super) fn collected(&self, requests: usize) {
         let alone = if requests >= WORTH_COLLECTING { LOOKED_FOR_AFTER } else { 0 };
         self.alone.store(alone, Ordering::Relaxed);
     }
@@ -93,20 +96,22 @@ fn size(bytes: usize) -> Option<usize> {
 impl Shared {
     /// Errors: what the engine says of this request.
     pub(super) fn run_inline(self: &Arc<Self>, prepared: Prepared, permit: Permit) -> Result<Inline> {
-        let bytes = prepared.input_bytes();
-        let started = Instant::now();
+        let (bytes, started) = (prepared.input_bytes(), Instant::now());
         let expired = prepared.deadline.is_some_and(|deadline| deadline <= started);
-        let at_once = !expired && self.is_quick(bytes) && !self.pace.collects();
-        let Some(mut turn) = at_once.then(|| self.inline_turn()).flatten() else {
+        let at_once = !expired && self.was_quick(bytes) && !self.pace.collects();
+        let Some(mut turn) = at_once.then(|| self.inline_turn(&prepared)).flatten() else {
             return Ok(Inline::NotNow(prepared, permit));
         };
         let result = self.run_engine(&mut turn.instance, &[&prepared.inputs]);
         let compute = started.elapsed();
-        self.quickness.learn(bytes, compute);
         drop(turn);
         self.report(&prepared, compute, result.is_err());
+        if let Ok(outputs) = &result {
+            self.monitor.fold(outputs);
+        }
+        // What keeps the thread, all of it.
+        self.quickness.learn(bytes, started.elapsed(), result.is_ok());
         let outputs = result.map_err(|error| blame(&error))?;
-        self.monitor.fold(&outputs);
         let outputs = prepared.outputs.iter().map(|position| outputs[*position].clone()).collect();
         let timings = Timings { compute, batch_rows: prepared.rows, ..Timings::default() };
         Ok(Inline::Answered(Answer { outputs, timings, permit }))
@@ -120,36 +125,61 @@ impl Shared {
         BatchExecuted { version, requests: 1, rows, data, padding, input, gather_and_compute, split, failed }.emit();
     }
 
-    /// Versions whose owners want company for their requests have no quick ones.
-    fn is_quick(&self, bytes: usize) -> bool {
-        let expected = self.quickness.expect(bytes).filter(|_| self.config.max_delay.is_zero());
-        expected.is_some_and(|expected| expected <= self.config.longest_inline)
+    /// By what such requests took lately, on whatever they brought.
+    fn was_quick(&self, bytes: usize) -> bool {
+        self.quickness.expect(bytes).is_some_and(|expected| expected <= self.config.longest_inline)
     }
 
-    /// The group that computes on one core, if it has an instance for a thread that is not its own.
+    /// By that, and by what runs of so many rows of such an extent cost.
+    pub(super) fn is_quick(&self, costs: &CostModel, job: &Job) -> bool {
+        self.was_quick(job.bytes()) && self.takes_little(costs, job.rows, job.extent)
+    }
+
+    fn takes_little(&self, costs: &CostModel, rows: usize, extent: Option<usize>) -> bool {
+        costs.predict(rows, extent).is_none_or(|expected| expected <= self.config.longest_inline)
+    }
+
+    /// As many as a run may have that keeps a thread for no longer than may be.
+    pub(super) fn quick_rows(&self, costs: &CostModel, rows: usize, extent: Option<usize>) -> usize {
+        let halved = std::iter::successors(Some(rows.max(1)), |rows| Some(rows / 2).filter(|rows| *rows > 0));
+        halved.into_iter().find(|rows| self.takes_little(costs, *rows, extent)).unwrap_or(1)
+    }
+
+    /// The group that is asked first, if it computes on one core and has an instance for a thread that is not its own.
+    /// Versions whose owners want company for their requests lend none.
     fn lends(&self, state: &State) -> Option<usize> {
-        let group = self.engines.iter().position(|engine| engine.cores == 1)?;
-        (!state.closed && state.has_spare(group)).then_some(group)
+        let group = state.front();
+        let lends = self.config.max_delay.is_zero() && self.engines[group].cores == 1;
+        (lends && !state.closed && state.has_spare(group)).then_some(group)
     }
 
-    /// For a request of so many bytes that was just queued: a worker to run it and what comes until then, here, where none
-    /// is on its way.
-    pub(super) fn collector(self: &Arc<Self>, state: &mut State, bytes: usize) -> Option<Worker> {
-        let group = self.lends(state).filter(|_| self.is_quick(bytes))?;
+    /// For the request that was just queued there: a worker to run it and what comes until then, here, where none is on
+    /// its way.
+    pub(super) fn collector(self: &Arc<Self>, state: &mut State, ticket: Ticket) -> Option<Worker> {
+        let group = self.lends(state)?;
         let nobody_comes = state.slots.iter().all(|slots| slots.heading == 0);
-        nobody_comes.then(|| Worker::lend(self, state, group))
+        let quick =
+            state.batcher.get(ticket).is_some_and(|entry| self.is_quick(state.limits[group].costs(), &entry.item));
+        (nobody_comes && quick).then(|| Worker::lend(self, state, group))
     }
 
-    /// Lets this thread look after its other connections, and then runs what they have brought, too.
-    pub(super) async fn collect(&self, collector: Worker) {
-        tokio::task::yield_now().await;
-        self.pace.collected(collector.one_turn());
+    /// Lets this thread look after its other connections, and then runs what they have brought, too. A task of its own: the
+    /// caller's may be left alone by a client that reads nothing, and others wait for this run.
+    pub(super) fn collect(self: &Arc<Self>, collector: Worker) {
+        let shared = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::task::yield_now().await;
+            shared.pace.collected(collector.one_turn());
+        });
     }
 
     /// An instance of one thread on the CPU, if it is this request's turn.
-    fn inline_turn(self: &Arc<Self>) -> Option<Turn<'_>> {
+    fn inline_turn(self: &Arc<Self>, prepared: &Prepared) -> Option<Turn<'_>> {
         let mut state = lock(&self.state);
         let group = self.lends(&state).filter(|_| state.batcher.is_empty())?;
+        if !self.takes_little(state.limits[group].costs(), prepared.rows, extent_of(prepared)) {
+            return None;
+        }
         let instance = state.take_idle(group);
         state.inline += 1;
         Some(Turn { shared: self, group, instance })
@@ -192,17 +222,20 @@ mod tests {
         let micros = Duration::from_micros;
         let quickness = Quickness::default();
         assert_eq!(quickness.expect(120), None, "nothing has run");
-        quickness.learn(120, micros(4));
+        quickness.learn(120, micros(4), true);
         assert_eq!(quickness.expect(127), Some(micros(4)));
         assert_eq!((quickness.expect(128), quickness.expect(0)), (None, None), "other sizes");
-        quickness.learn(120, micros(800));
-        quickness.learn(120, micros(4));
+        quickness.learn(120, micros(800), true);
+        quickness.learn(120, micros(4), true);
         assert!(quickness.expect(120) > Some(DEFAULT_LONGEST_INLINE), "one quick run proves little");
-        (0..64).for_each(|_| quickness.learn(120, micros(4)));
+        (0..64).for_each(|_| quickness.learn(120, micros(4), true));
         assert!(quickness.expect(120) < Some(micros(5)));
-        quickness.learn(MOST_BYTES, micros(1));
+        quickness.learn(120, micros(70), false);
+        (0..9).for_each(|_| quickness.learn(120, micros(1), false));
+        assert_eq!(quickness.expect(120), Some(micros(70)), "what failed may have ended early");
+        quickness.learn(MOST_BYTES, micros(1), true);
         assert_eq!(quickness.expect(MOST_BYTES), None, "too large whatever it took");
-        quickness.learn(0, Duration::ZERO);
+        quickness.learn(0, Duration::ZERO, true);
         assert_eq!(quickness.expect(0), Some(Duration::from_nanos(1)));
     }
 }

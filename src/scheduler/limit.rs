@@ -157,7 +157,7 @@ impl Limits {
         }
         let best = self.best(length, most, SLACK);
         let plain = |rows| Sealing { rows, trial: false };
-        if share < best && self.saves(length, best, share) {
+        if self.tuned && share < best && self.saves(length, best, share) {
             return plain(self.best(length, share, SLACK));
         }
         if contended && self.seconds(best, length).is_some_and(|seconds| seconds > SLICE) {

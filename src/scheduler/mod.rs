@@ -61,6 +61,8 @@ pub use threads::{MAX_COPIED_WEIGHTS_BYTES, Reason, ThreadPlan, Wish};
 pub const DEFAULT_PREFERRED_ROWS: usize = 32;
 pub const DEFAULT_MAX_QUEUE_REQUESTS: usize = 1024;
 pub const DEFAULT_MAX_QUEUE_BYTES: usize = 512 << 20;
+/// Rows of one request are counted up to here, so that sums over what waits and runs cannot overflow.
+const MOST_ROWS: usize = u32::MAX as usize;
 pub const DEFAULT_LINGER: Duration = Duration::from_secs(10);
 /// A run on several threads takes less than this part of the time of one on fewer, or it is not worth their cores.
 const WIDE_SAVES: f64 = 0.9;
@@ -197,8 +199,10 @@ struct State {
     returning: usize,
     /// One worker at a time makes another instance.
     growing: bool,
-    /// Requests that run on the threads that submitted them.
+    /// Requests that run at once on the threads that submitted them.
     inline: usize,
+    /// Workers that work on such threads.
+    lent: usize,
     /// Jobs taken and not yet answered, and their rows.
     running: usize,
     running_rows: usize,
@@ -387,6 +391,7 @@ impl Scheduler {
             returning: 0,
             growing: false,
             inline: 0,
+            lent: 0,
             running: 0,
             running_rows: 0,
             answering: 0,
@@ -422,7 +427,7 @@ impl Scheduler {
         let deadline = prepared.deadline;
         let (waiting, answer, collector) = self.shared.enqueue(prepared, permit)?;
         if let Some(collector) = collector {
-            self.shared.collect(collector).await;
+            self.shared.collect(collector);
         }
         let answered = match deadline {
             None => answer.await,
@@ -447,7 +452,7 @@ impl Scheduler {
     pub fn join(&self, deadline: Instant) -> Result<(), usize> {
         self.close();
         let mut state = lock(&self.shared.state);
-        while state.workers + state.inline > 0 {
+        while state.workers + state.inline + state.lent > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(state.batcher.len() + state.running + state.inline);
@@ -498,8 +503,8 @@ impl Shared {
         permit: Permit,
     ) -> Result<(Waiting<'_>, oneshot::Receiver<Result<Answer>>, Option<Worker>)> {
         let bytes = prepared.input_bytes();
+        let extent = extent_of(&prepared);
         let Prepared { inputs, outputs, rows, key, length, deadline, priority } = prepared;
-        let extent = length.or_else(|| (!key.is_empty()).then(|| extent(&inputs, rows)));
         let (reply, answer) = oneshot::channel();
         let mut state = lock(&self.state);
         // Read under the lock, so that arrivals are in order.
@@ -510,14 +515,14 @@ impl Shared {
         self.check_admits(&state, bytes)?;
         let job = Job { inputs, outputs, rows, length, extent, deadline, submitted: now, place: None, permit, reply };
         // Where nothing is shared, every request is one batch, however many rows it has.
-        let rows = if self.batching.load(Ordering::Relaxed) { rows } else { 1 };
+        let rows = if self.batching.load(Ordering::Relaxed) { rows.min(MOST_ROWS) } else { 1 };
         let full = state.full(extent);
         let ticket = state.batcher.push(Entry { key, priority, rows, full, bytes, arrived: now, item: job });
         if !state.is_alone() {
             state.crowded = Some(now);
         }
         self.emit_queue(&state);
-        let collector = self.collector(&mut state, bytes);
+        let collector = self.collector(&mut state, ticket);
         let call = self.summon(&mut state);
         let filled = state.filled(now);
         drop(state);
@@ -635,6 +640,10 @@ impl Drop for Waiting<'_> {
 /// which axis is a sequence. A sequence of numbers is as long as this.
 pub fn extent(inputs: &[Tensor], rows: usize) -> usize {
     inputs.iter().map(|input| input.shape().elements() / rows.max(1)).max().unwrap_or(0)
+}
+
+fn extent_of(prepared: &Prepared) -> Option<usize> {
+    prepared.length.or_else(|| (!prepared.key.is_empty()).then(|| extent(&prepared.inputs, prepared.rows)))
 }
 
 fn expired() -> Error {

@@ -278,8 +278,8 @@ impl Bench {
     fn join(&self) {
         self.scheduler.join(Instant::now() + AGES).unwrap();
         let state = lock(&self.scheduler.shared.state);
-        let counts = [state.workers, state.returning, state.running, state.inline];
-        assert_eq!((counts, state.growing), ([0; 4], false), "a count is off");
+        let counts = [state.workers, state.returning, state.running, state.inline, state.lent];
+        assert_eq!((counts, state.growing), ([0; 5], false), "a count is off");
         for (group, slots) in state.slots.iter().enumerate() {
             let counts = [slots.resting, slots.calls, slots.heading, slots.filling];
             assert_eq!(counts, [0; 4], "a count of group {group} is off");
@@ -1058,4 +1058,46 @@ async fn a_wide_instance_that_panics_is_not_missed() {
     assert_eq!((wide.runs().len(), narrow.runs()), (1, vec![vec![2.0]]));
     // All cores are free again.
     drop(bench.scheduler.shared.gate.acquire(usize::MAX));
+}
+
+impl Bench {
+    /// As after many that came fast.
+    fn collects(&self) {
+        self.scheduler.shared.pace.collected(usize::MAX);
+    }
+}
+
+#[tokio::test]
+async fn what_comes_fast_is_collected_and_nobody_waits_for_a_caller() {
+    let bench = quick().await;
+    bench.collects();
+    // Polled once, and never again: its client reads nothing.
+    let forgotten = bench.submit(&[1.0]);
+    let others = [2.0, 3.0].map(|value| bench.submit(&[value]));
+    assert_eq!(bench.queued(), 3);
+    for (other, expected) in others.into_iter().zip([4.0, 6.0]) {
+        assert_eq!(values(other).await, [expected]);
+    }
+    assert_eq!(bench.script.runs().last().unwrap(), &[1.0, 2.0, 3.0]);
+    assert!(bench.runs_of_this_thread());
+    drop(forgotten);
+    bench.join();
+}
+
+#[tokio::test]
+async fn a_collector_leaves_what_may_be_slow_and_what_fails_together_to_a_worker() {
+    let bench = quick().await;
+    bench.collects();
+    let first = bench.submit(&[1.0]);
+    let unknown = Prepared { priority: Priority::from_wire(1), ..Bench::prepared(&[2.0, 3.0]) };
+    let unknown = bench.send(unknown);
+    assert_eq!((values(unknown).await, values(first).await), (vec![4.0, 6.0], vec![2.0]));
+    assert!(!bench.runs_of_this_thread(), "how long two rows take was not known");
+    bench.wait_until(|slots| slots.resting, 1);
+    bench.collects();
+    let (poison, fine) = (bench.submit(&[FAIL]), bench.submit(&[5.0]));
+    assert_eq!((kind(poison).await, values(fine).await), (Kind::BackendFailed, vec![10.0]));
+    let runs = bench.script.runs();
+    assert_eq!(runs.iter().filter(|run| run.len() == 2 && run[0] == FAIL).count(), 2, "here, and once by the worker");
+    bench.join();
 }

@@ -30,7 +30,7 @@ pub(super) struct Worker {
     instance: Option<Box<dyn Instance>>,
     /// Its instance is in the pool.
     rested: bool,
-    /// Works on a thread that is not its own, for one turn: counted in `State::inline`.
+    /// Works on a thread that is not its own, for one turn: counted in `State::lent`.
     lent: bool,
     /// Makes one more instance first: `State::growing`.
     growing: bool,
@@ -126,7 +126,7 @@ impl Shared {
 
     /// Without a worker nobody would ever answer.
     fn refuse_if_deserted(&self, state: &mut State) {
-        if state.workers > 0 {
+        if state.workers + state.lent > 0 {
             return;
         }
         for job in state.batcher.drain() {
@@ -197,7 +197,7 @@ impl Worker {
     /// On its way to the queue, on the thread that asks for it.
     pub(super) fn lend(shared: &Arc<Shared>, state: &mut State, group: usize) -> Worker {
         let instance = state.take_idle(group);
-        state.inline += 1;
+        state.lent += 1;
         let mut worker = Worker::new(Arc::clone(shared), group, instance);
         (worker.lent, worker.warm) = (true, true);
         worker.set_heading(state, true);
@@ -423,12 +423,21 @@ impl Worker {
 
     /// A batch of as many rows as pay, and of no sequences that would make the others long.
     fn poll(&self, state: &mut State, room: Room, now: Instant) -> Poll<Key, Priority, Job> {
-        let sealing = state.seal(self.group, self.shared.engines[self.group].cores, room);
+        let mut sealing = state.seal(self.group, self.shared.engines[self.group].cores, room);
         let State { batcher, limits, .. } = state;
         let limits = &limits[self.group];
-        let mut longest = batcher.head().and_then(|(head, _)| head.item.extent);
+        let Some((head, _)) = batcher.head() else { return Poll::Idle };
+        let mut longest = head.item.extent;
+        let suits = |entry: &Entry<Key, Priority, Job>| !self.lent || self.shared.is_quick(limits.costs(), &entry.item);
+        if !suits(head) {
+            return Poll::Idle;
+        }
+        if self.lent {
+            sealing.rows = self.shared.quick_rows(limits.costs(), sealing.rows, longest);
+        }
         batcher.poll(now, sealing.rows, |rows, entry| {
-            let fits = sealing.trial || limits.fits(rows, longest, entry.rows, entry.item.extent);
+            let joins = sealing.trial || limits.fits(rows, longest, entry.rows, entry.item.extent);
+            let fits = joins && suits(entry);
             longest = longest.max(entry.item.extent.filter(|_| fits));
             fits
         })
@@ -449,6 +458,10 @@ impl Worker {
             }
             match self.run(group) {
                 Outcome::Answered => {}
+                // Parting them takes more runs, and after a panic an instance: nothing for a thread that others wait for.
+                Outcome::Failed(group, _) if self.lent && group.len() > 1 => {
+                    self.put_back(group);
+                }
                 Outcome::NotByRows(group) => {
                     self.shared.demote();
                     groups.extend(group.into_iter().map(|job| vec![job]));
@@ -469,11 +482,20 @@ impl Worker {
     /// instance fails fast, and would win the queue from those that work. Gives those that are left to reject.
     fn give_back(&mut self, jobs: Vec<Job>) -> Vec<Job> {
         let shared = Arc::clone(&self.shared);
-        let mut state = lock(&shared.state);
+        let state = lock(&shared.state);
         if !state.others_have_room(self.group) {
             return jobs;
         }
+        drop(state);
         self.gives_up = true;
+        tracing::warn!(version = &*shared.name, "a worker without an instance leaves its requests to other devices");
+        self.put_back(jobs)
+    }
+
+    /// Gives those that cannot go back.
+    fn put_back(&mut self, jobs: Vec<Job>) -> Vec<Job> {
+        let shared = Arc::clone(&self.shared);
+        let mut state = lock(&shared.state);
         let mut left = Vec::new();
         for mut job in jobs {
             match job.place.take() {
@@ -488,7 +510,6 @@ impl Worker {
         drop(state);
         // The jobs are older than what the others wait to fill up. Those that rest are called when this worker ends.
         shared.wake_filling();
-        tracing::warn!(version = &*shared.name, "a worker without an instance leaves its requests to other devices");
         left
     }
 
@@ -525,7 +546,9 @@ impl Worker {
             }
         };
         let ran = Instant::now();
-        self.shared.quickness.learn(jobs[0].bytes(), ran - assembled);
+        if wide.is_none() && self.shared.engines[self.group].cores == 1 {
+            self.shared.quickness.learn(jobs[0].bytes(), ran - assembled, result.is_ok());
+        }
         let extent = jobs.iter().filter_map(|job| job.extent).max();
         // Parts of a batch that failed, and what fails, are no measure.
         let whole = requests == self.running && result.is_ok() && std::mem::replace(&mut self.warm, true);
@@ -573,7 +596,7 @@ impl Drop for Worker {
         self.count_out(&mut state);
         state.returning -= usize::from(self.returning);
         if self.lent {
-            state.inline -= 1
+            state.lent -= 1;
         } else {
             state.workers -= 1
         }
@@ -597,7 +620,7 @@ impl Job {
         job
     }
 
-    fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         self.inputs.iter().map(|input| input.data().len()).sum()
     }
 

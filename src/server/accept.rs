@@ -50,8 +50,8 @@ const LAST_LOOK: Duration = Duration::from_millis(20);
 const SEND_AHEAD: u32 = 64 << 10;
 /// Bytes that an HTTP/2 client may send ahead of what is read: of one request, and of all of its connection. Windows that
 /// adapt themselves answer every message with a ping.
-const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 1 << 20;
 /// Pause after an accept error such as exhausted file descriptors, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
