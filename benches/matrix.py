@@ -3,7 +3,7 @@
 `make bench`; `QUICK=1` is a glance at every part of it, `FRESH=1` forgets what was measured before. Every comparison is
 of two servers that take turns, round by round, under one client (`tidegate bench`): what is told are medians of the
 rounds' ratios with their interval at 95 %. What was measured is kept in target/bench-results.json as it comes, so that
-a run that was cut off goes on where it was; another binary starts afresh. docs/performance.md is written in the end.
+a run that was cut off goes on where it was; another binary or other models start afresh. docs/performance.md is written in the end.
 
 The engine's own figure is measured in the midst of every protocol's cells, since it has no rounds to be paired with.
 """
@@ -29,6 +29,7 @@ TARGET = REPOSITORY / "target"
 RESULTS, RESULTS_QUICK = TARGET / "bench-results.json", TARGET / "bench-results-quick.json"
 DATA, CACHE = TARGET / "bench-data", TARGET / "bench-cache"
 EXAMPLES = REPOSITORY / "models"
+SOURCES = [REPOSITORY / "benches" / name for name in ("models.py", "requirements.txt")]
 
 PROTOCOLS = ("json", "binary", "grpc")
 CLIENTS = (1, 8, 32, 64)
@@ -50,7 +51,8 @@ class Workload:
         """A folder with one request a file."""
         folder = DATA / self.name
         items = [models.request(self.model, self.lengths[i % len(self.lengths)], i) for i in range(self.items())]
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of other requests than these
+        folder.mkdir(parents=True)
         for i, item in enumerate(items):
             (folder / f"{i}.json").write_text(models.as_json(item))
         return folder
@@ -90,16 +92,20 @@ QUICK = Effort(3, 0.5, (WORKLOADS[0], WORKLOADS[2]), ("binary",), (1, 8), 2)
 class Results:
     """What was measured, by key, on disk after every cell."""
 
-    def __init__(self, path, fresh):
+    def __init__(self, path, fresh, more=()):
+        """`more`: files that decide what is measured, beside those that make the models and their requests."""
         self.path = path
         self.measured = {}
-        about = {"binary": hashlib.sha256(BINARY.read_bytes()).hexdigest()}
+        sources = b"".join(file.read_bytes() for file in (*SOURCES, *more)) + repr((WORKLOADS, MIXED)).encode()
+        sources = hashlib.sha256(sources).hexdigest()
+        about = {"binary": hashlib.sha256(BINARY.read_bytes()).hexdigest(), "sources": sources}
         if path.exists() and not fresh:
             kept = json.loads(path.read_text())
-            if kept["about"]["binary"] == about["binary"]:
-                self.measured, about = kept["measured"], kept["about"]
+            # What was kept before sources were told counts as theirs.
+            if about == {"sources": sources} | {key: kept["about"][key] for key in about if key in kept["about"]}:
+                self.measured, about = kept["measured"], kept["about"] | about
             else:
-                say("another binary than last time: everything is measured again")
+                say("another binary, other models or requests than last time: everything is measured again")
         self.about = about
 
     def keep(self, key, value):
@@ -254,7 +260,7 @@ class Step:
 def fixed_settings(cell):
     """A `model.toml` that leaves the server nothing to choose."""
     batching = f"[batching]\npreferred_rows = {cell['rows']}\n" if cell["rows"] > 1 else "batching = false\n"
-    return f"instances = {cell['instances']}\nthreads = {cell['threads']}\n{batching}"
+    return f"tune = false\ninstances = {cell['instances']}\nthreads = {cell['threads']}\n{batching}"
 
 
 class Plan:
@@ -384,9 +390,10 @@ def measure(plan, results, only):
         planned += step.seconds
         try:
             results.keep(step.key, step.run())
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
+        # What a failed cell would have told is missing for those that build on it.
+        except (RuntimeError, subprocess.TimeoutExpired, KeyError, StopIteration) as error:
             failed += 1
-            say(f"[{number + 1}/{len(todo)}] {step.key} failed: {error}")
+            say(f"[{number + 1}/{len(todo)}] {step.key} failed: {type(error).__name__}: {error}")
             continue
         # What steps took so far, against what they were expected to.
         pace = (time.monotonic() - begun) / planned

@@ -56,7 +56,10 @@ def installed(peer):
     shutil.rmtree(folder, ignore_errors=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement", wanted]
     for command in ([PYTHON, "-m", "venv", folder], pip):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"cannot be installed within {INSTALL_SECONDS} s") from None
         if done.returncode != 0:
             raise Unavailable(f"cannot be installed: {last_line(done.stderr or done.stdout)}")
     shutil.copy(wanted, stamp)
@@ -134,7 +137,7 @@ def measure(peer, server, registry, results):
         for key, workload, protocol, clients in todo:
             try:
                 cell = matrix.pair(EFFORT, workload, protocol, clients, server, running, *PATIENTLY)
-            except RuntimeError as error:
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
                 say(f"{key}: {last_line(str(error))}")
                 continue
             results.keep(key, cell)
@@ -146,7 +149,8 @@ def measure(peer, server, registry, results):
 def main():
     chosen = [name for name in os.environ.get("PEERS", "").split(",") if name]
     peers = [peer for peer in ALL if not chosen or peer.name in chosen]
-    results = matrix.Results(RESULTS, os.environ.get("FRESH", "") == "1")
+    results = matrix.Results(RESULTS, os.environ.get("FRESH", "") == "1", sorted(PEERS.glob("*.*")))
+    results.about.pop("skipped", None)
     models.write()
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     with before_others(), tempfile.TemporaryDirectory(dir=REPOSITORY / "target") as folder:

@@ -24,7 +24,11 @@ LEAST_TOLD = 0.02  # of ratios to the bare transport
 
 def surroundings():
     def told(*command):
-        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY).stdout.strip()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+        except OSError:
+            return "unknown"
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
 
     fields = dict(
         line.split(":", 1) for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
@@ -32,7 +36,7 @@ def surroundings():
     names = {name.strip(): value.strip() for name, value in fields.items()}
     memory = int(pathlib.Path("/proc/meminfo").read_text().split()[1]) * 1024
     version = BINARY.with_name("onnxruntime.version")
-    changed = "" if not told("git", "status", "--porcelain", "--untracked-files=no") else ", changed"
+    changed = ", changed" if told("git", "status", "--porcelain", "--untracked-files=no") not in ("", "unknown") else ""
     dist = REPOSITORY / "target/dist/tidegate"
     return {
         "cpu": names.get("model name", platform.machine()),
@@ -287,5 +291,7 @@ def line(key, value):
     """One measurement, for the person who waits."""
     if "ours" in value:
         ours, theirs = value["ours"]["per_second"], value["theirs"]["per_second"]
-        return f"{key}: {rate(ours)} and {rate(theirs)}, ratio {ratios.show(ratios.paired(ours, theirs))}"
+        pairs = ratios.paired(ours, theirs)
+        told = f"ratio {ratios.show(pairs)}" if pairs else "no ratio: theirs gave no answer"
+        return f"{key}: {rate(ours)} and {rate(theirs)}, {told}"
     return key

@@ -28,8 +28,9 @@ def summary(samples):
 
 
 def paired(ours, theirs):
-    """Ours over theirs, round by round. A round in which either did nothing says nothing."""
-    return [a / b for a, b in zip(ours, theirs, strict=True) if a > 0 and b > 0]
+    """Ours over theirs, round by round. A round in which theirs did nothing says nothing; one in which only ours did
+    nothing says 0."""
+    return [a / b for a, b in zip(ours, theirs, strict=True) if b > 0]
 
 
 def composed(*rates):
