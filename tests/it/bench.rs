@@ -169,12 +169,14 @@ fn servers_are_compared_round_by_round_and_the_page_needs_nothing_else() {
         for ratio in ratios {
             assert_eq!(ratio["over"], "server");
             for name in ["throughput", "p50", "p99"] {
-                assert!(ratio[name]["low"].as_f64() <= ratio[name]["high"].as_f64(), "{ratio}");
+                assert!(number(&ratio[name]["low"]) <= number(&ratio[name]["high"]), "{ratio}");
                 assert_eq!(ratio[name]["rounds"].as_array().unwrap().len(), 2);
             }
         }
     }
-    assert_eq!(other.metrics().sum("tidegate_inflight", &[]), 0.0);
+    let asked = other.metrics();
+    assert!(asked.sum("tidegate_requests_total", &[]) > 0.0, "the compared server was asked");
+    assert_eq!(asked.sum("tidegate_inflight", &[]), 0.0);
     let page = std::fs::read_to_string(page).unwrap();
     for foreign in ["http://", "https://", "<script", "src=", "href=", "url(", "@import"] {
         assert!(!page.contains(foreign), "the page has `{foreign}`");
@@ -340,29 +342,52 @@ fn request(folder: &Path) -> String {
 fn errors_are_counted_by_kind() {
     let folder = tempfile::tempdir().unwrap();
     let data = request(folder.path());
-    // The first two are those that are looked at before anything is measured.
-    let address = stub(
-        |number| match number {
-            0 | 1 => Does::Answer,
-            n if n % 10 == 2 => Does::Refuse,
-            n if n % 10 == 4 => Does::Close,
-            n if n % 10 == 6 => Does::Babble,
-            n if n % 10 == 8 => Does::Nothing,
-            _ => Does::Answer,
-        },
-        || Duration::ZERO,
-    );
-    let url = format!("http://{address}");
-    let arguments = ["-m", "m", "-u", &url, "-p", "json", "--data", &data, "-c", "2", "--timeout", "100ms"];
-    let time = ["--rounds", "1", "--duration", "2s", "--warm-up", "0"];
-    let report = measured_with(&[&arguments[..], &time].concat(), 1);
-    let side = &report["cells"][0]["sides"][0];
-    let kinds: Vec<&str> =
-        side["errors"].as_array().unwrap().iter().map(|errors| errors["kind"].as_str().unwrap()).collect();
-    assert_eq!(kinds, ["HTTP 503", "connection closed", "malformed answer", "timeout"]);
+    // Each time by a stub that begins to count anew. The first two requests are those that are looked at before
+    // anything is measured.
+    let report = |duration: &str, max_errors: &str, code: i32| {
+        let address = stub(
+            |number| match number {
+                0 | 1 => Does::Answer,
+                n if n % 10 == 2 => Does::Refuse,
+                n if n % 10 == 4 => Does::Close,
+                n if n % 10 == 6 => Does::Babble,
+                n if n % 10 == 8 => Does::Nothing,
+                _ => Does::Answer,
+            },
+            || Duration::ZERO,
+        );
+        let url = format!("http://{address}");
+        let arguments = ["-m", "m", "-u", &url, "-p", "json", "--data", &data, "-c", "2", "--timeout", "500ms"];
+        let time = ["--rounds", "1", "--duration", duration, "--warm-up", "0", "--max-errors", max_errors];
+        measured_with(&[&arguments[..], &time].concat(), code)["cells"][0]["sides"][0].clone()
+    };
+    let kinds = |side: &Value| -> Vec<String> {
+        side["errors"].as_array().unwrap().iter().map(|errors| errors["kind"].as_str().unwrap().to_string()).collect()
+    };
+    // The long one is for a machine that is slower than any.
+    let mut side = report("3s", "0", 1);
+    if kinds(&side).len() < 4 {
+        side = report("60s", "0", 1);
+    }
+    assert_eq!(kinds(&side), ["HTTP 503", "connection closed", "malformed answer", "timeout"]);
     assert_eq!(side["errors"][0]["first"], "busy");
     assert!(side["answers"].as_u64().unwrap() > 0);
-    measured(&[&arguments[..], &time, &["--max-errors", "1000000"]].concat());
+    report("3s", "1000000", 0);
+}
+
+#[test]
+fn a_load_without_an_answer_is_a_failure_however_many_errors_are_allowed() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = request(folder.path());
+    // The requests begin before the window and outlast it.
+    let address = stub(|number| if number < 2 { Does::Answer } else { Does::Nothing }, || Duration::ZERO);
+    let url = format!("http://{address}");
+    let arguments = ["-m", "m", "-u", &url, "-p", "json", "--data", &data, "-c", "2", "--timeout", "1s"];
+    let time = ["--rounds", "1", "--duration", "100ms", "--warm-up", "0", "--max-errors", "1000"];
+    let report = measured_with(&[&arguments[..], &time].concat(), 1);
+    let side = &report["cells"][0]["sides"][0];
+    assert_eq!((&side["answers"], &side["errors"][0]["kind"]), (&json!(0), &json!("timeout")));
+    assert_eq!(report["verdict"]["unanswered"], 1);
 }
 
 #[test]
@@ -371,11 +396,15 @@ fn an_open_loop_shows_a_stall_that_a_closed_one_hides() {
     let folder = tempfile::tempdir().unwrap();
     let data = request(folder.path());
     let report = |load: &[&str]| {
-        // From one second after the first request for another, whoever asks: once for each measurement.
-        let first = std::sync::OnceLock::new();
+        // From one second after the round's first request for another, whoever asks: once for each measurement. The
+        // very first request is the one that is tried before there are rounds.
+        let (requests, first) = (AtomicUsize::new(0), std::sync::OnceLock::new());
         let address = stub(
             |_| Does::Answer,
             move || {
+                if requests.fetch_add(1, Ordering::SeqCst) == 0 {
+                    return Duration::ZERO;
+                }
                 let since = first.get_or_init(Instant::now).elapsed();
                 if since < STALL { Duration::ZERO } else { (2 * STALL).saturating_sub(since) }
             },
@@ -387,8 +416,9 @@ fn an_open_loop_shows_a_stall_that_a_closed_one_hides() {
     };
     let (open, closed) = (report(&["-r", "300"]), report(&["-c", "1"]));
     let millis = |side: &Value, name: &str| number(&side["latency_ms"][name]["median"]);
-    assert!(millis(&closed, "max") > 500.0, "the stall was there: {closed}");
-    assert!(millis(&open, "p99") > 700.0, "a third of the requests were due while it stalled: {open}");
-    assert!(millis(&open, "p90") > 300.0, "{open}");
-    assert!(millis(&closed, "p99") < 300.0, "one client waits once: {closed}");
+    // A third of the open loop's requests were due while it stalled; the one client of the closed one waited once.
+    // A slow machine adds to both alike.
+    assert!(millis(&closed, "max") > millis(&closed, "p90"), "the stall was there: {closed}");
+    let hidden = millis(&open, "p90") - millis(&closed, "p90");
+    assert!(hidden > STALL.as_secs_f64() * 1e3 / 4.0, "{hidden} ms: {open}\n{closed}");
 }

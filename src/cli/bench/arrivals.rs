@@ -54,7 +54,8 @@ impl Pattern {
         match self {
             Pattern::Poisson => {
                 // Poisson arrivals that are dealt out are Poisson arrivals again, of a part of the rate.
-                let random = Random(seed ^ (share as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+                // Far apart in the generator's sequence, which a multiple of its own increment would not be.
+                let random = Random(Random(seed).draw() ^ (share as u64).wrapping_mul(0xd1b5_4a32_d192_ed03));
                 Arrivals::Poisson { random, mean: step, at: 0.0 }
             }
             Pattern::Constant => Arrivals::Constant { step, at: share as f64 / rate },
@@ -160,6 +161,18 @@ mod tests {
         assert_eq!(all, first(&Pattern::Poisson, 2, 50_000));
         let other: Vec<Duration> = Pattern::Poisson.share(1000.0, 0, 1, 8).take(10).collect();
         assert_ne!(other, Pattern::Poisson.share(1000.0, 0, 1, 7).take(10).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn shares_draw_from_numbers_of_their_own() {
+        for seed in 0..8 {
+            let drawn = |share| match Pattern::Poisson.share(1000.0, share, 4, seed) {
+                Arrivals::Poisson { mut random, .. } => (0..10_000).map(|_| random.draw()).collect::<Vec<_>>(),
+                _ => panic!("not Poisson"),
+            };
+            let all: std::collections::HashSet<u64> = (0..4).flat_map(drawn).collect();
+            assert_eq!(all.len(), 40_000, "seed {seed}");
+        }
     }
 
     #[test]

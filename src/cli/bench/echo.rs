@@ -30,14 +30,19 @@ const MAX_THREADS: usize = 4;
 /// Longest announcement of answers, in bytes.
 const MAX_PLAN_BYTES: u64 = 64 << 20;
 
-/// Answers for the echo's three wires, in turn.
+/// Answers for the echo's three wires, given in turn.
 #[derive(Default)]
-pub(super) struct Answers(pub(super) Vec<(Wire, Vec<Reply>)>);
+pub(super) struct Answers {
+    pub(super) replies: Vec<(Wire, Vec<Reply>)>,
+    /// Positions of a wire's replies, in the order in which its requests are sent; empty: one after the other.
+    pub(super) order: Vec<u32>,
+}
 
 /// In front of the bodies, on a line of its own.
 #[derive(Serialize, Deserialize)]
 struct Plan {
     replies: Vec<Planned>,
+    order: Vec<u32>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -128,15 +133,17 @@ impl Answers {
         let reply = |media: &str, body: Vec<u8>| {
             vec![Reply { headers: vec![("content-type".into(), media.as_bytes().to_vec())], body }]
         };
-        Answers(vec![
+        let replies = vec![
             (Wire::Json, reply("application/json", vec![b'0'; length])),
             (Wire::Binary, reply("application/octet-stream", vec![0; length])),
             (Wire::Grpc, reply("application/grpc", framed(length))),
-        ])
+        ];
+        Answers { replies, order: Vec::new() }
     }
 
     fn write(&self, out: &mut impl Write) -> Result<()> {
-        let replies = || self.0.iter().flat_map(|(wire, replies)| replies.iter().map(move |reply| (*wire, reply)));
+        let replies =
+            || self.replies.iter().flat_map(|(wire, replies)| replies.iter().map(move |reply| (*wire, reply)));
         let planned = replies().map(|(wire, reply)| Planned {
             wire,
             headers: reply
@@ -146,7 +153,7 @@ impl Answers {
                 .collect(),
             bytes: reply.body.len(),
         });
-        let plan = serde_json::to_string(&Plan { replies: planned.collect() })?;
+        let plan = serde_json::to_string(&Plan { replies: planned.collect(), order: self.order.clone() })?;
         writeln!(out, "{plan}")?;
         replies().try_for_each(|(_, reply)| out.write_all(&reply.body))?;
         Ok(out.flush()?)
@@ -156,7 +163,7 @@ impl Answers {
         let mut line = String::new();
         input.by_ref().take(MAX_PLAN_BYTES).read_line(&mut line)?;
         let plan: Plan = serde_json::from_str(&line).context("no plan of answers")?;
-        let mut fixed = Fixed::default();
+        let mut fixed = Fixed { order: plan.order.into(), ..Fixed::default() };
         for planned in plan.replies {
             let mut body = vec![0; planned.bytes];
             input.read_exact(&mut body)?;
@@ -188,6 +195,7 @@ struct Fixed {
     json: Vec<(HeaderMap, Bytes)>,
     binary: Vec<(HeaderMap, Bytes)>,
     grpc: Vec<(HeaderMap, Bytes)>,
+    order: Arc<[u32]>,
 }
 
 /// Serves until standard input ends, with answers that were read from it.
@@ -222,7 +230,7 @@ fn serve(fixed: Fixed, until: impl FnOnce()) -> Result<()> {
         for (listener, wire, replies) in
             [(json, Wire::Json, fixed.json), (binary, Wire::Binary, fixed.binary), (grpc, Wire::Grpc, fixed.grpc)]
         {
-            let replies = Arc::new(Replies { replies, next: AtomicUsize::new(0) });
+            let replies = Arc::new(Replies { replies, order: Arc::clone(&fixed.order), next: AtomicUsize::new(0) });
             tokio::spawn(accept(listener, wire, replies));
         }
         Ok::<_, std::io::Error>(ports)
@@ -236,6 +244,7 @@ fn serve(fixed: Fixed, until: impl FnOnce()) -> Result<()> {
 /// Answers that are given in turn.
 struct Replies {
     replies: Vec<(HeaderMap, Bytes)>,
+    order: Arc<[u32]>,
     next: AtomicUsize,
 }
 
@@ -244,7 +253,14 @@ impl Replies {
         match &self.replies[..] {
             [] => Default::default(),
             [only] => only.clone(),
-            several => several[self.next.fetch_add(1, Ordering::Relaxed) % several.len()].clone(),
+            several => {
+                let turn = self.next.fetch_add(1, Ordering::Relaxed);
+                let position = match self.order.len() {
+                    0 => turn,
+                    length => self.order[turn % length] as usize,
+                };
+                several[position % several.len()].clone()
+            }
         }
     }
 }

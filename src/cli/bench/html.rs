@@ -491,7 +491,7 @@ fn ceilings(report: &Report) -> String {
             .iter()
             .enumerate()
             .map(|(at, cell)| {
-                let mark = match (at == ceiling.best, at == ceiling.best_single) {
+                let mark = match (at == ceiling.best, Some(at) == ceiling.best_single) {
                     (true, true) => "most rows, soonest answer",
                     (true, false) => "most rows",
                     (false, true) => "soonest answer",

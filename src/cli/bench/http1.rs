@@ -56,8 +56,16 @@ impl Http1 {
         Ok(())
     }
 
+    /// A server may end a connection while it is idle, which is no failure: the next request gets another.
+    fn drop_ended(&mut self) {
+        // Nothing is due here: whatever comes but that there is nothing is an end.
+        let idle = |stream: &TcpStream| matches!(stream.try_read(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock);
+        self.stream.take_if(|stream| !idle(stream));
+    }
+
     /// Sends a request and reads its answer to the end. `reply` gets the answer, where somebody wants it.
     pub(super) async fn call(&mut self, request: &Bytes, reply: Option<&mut Reply>) -> Result<(), Fault> {
+        self.drop_ended();
         self.connect().await?;
         // Whatever ends this early, a timeout that drops it included, ends the connection.
         let Some(mut stream) = self.stream.take() else { return Err(Fault::Connect(String::new())) };
@@ -77,9 +85,11 @@ impl Http1 {
         reply: Option<&mut Reply>,
     ) -> Result<bool, (Fault, bool)> {
         let broken = |fault| (fault, false);
-        stream.write_all(request).await.map_err(|error| broken(closed(&error)))?;
+        // A server that refuses may answer and close before it has read the whole request.
+        let written = stream.write_all(request).await.map_err(|error| broken(closed(&error)));
         let mut kept = Reply::default();
-        let head = self.head(stream, reply.is_some().then_some(&mut kept.headers)).await.map_err(broken)?;
+        let head = self.head(stream, reply.is_some().then_some(&mut kept.headers)).await;
+        let head = head.map_err(|fault| written.clone().err().unwrap_or(broken(fault)))?;
         let refused = !(200..300).contains(&head.status);
         let limit = match (&reply, refused) {
             (Some(_), _) => MAX_ANSWER_BYTES,
@@ -87,7 +97,7 @@ impl Http1 {
             (None, false) => 0,
         };
         self.body(stream, head.length, &mut kept.body, limit).await.map_err(broken)?;
-        let reusable = head.keep_alive && self.start == self.end;
+        let reusable = written.is_ok() && head.keep_alive && self.start == self.end;
         if refused {
             kept.body.truncate(MAX_REFUSAL_BYTES);
             let text = String::from_utf8_lossy(&kept.body).trim().to_string();
@@ -109,9 +119,12 @@ impl Http1 {
                 && let Some((length, head)) = parse_head(&self.buffer[self.start..self.end], &mut kept)?
             {
                 self.start += length;
-                // A server may tell to go on before it answers.
-                if head.status != 100 {
+                // A server may tell how it goes before it answers.
+                if !matches!(head.status, 100..200) || head.status == 101 {
                     return Ok(head);
+                }
+                if let Some(kept) = &mut kept {
+                    kept.clear();
                 }
                 continue;
             }
@@ -240,13 +253,14 @@ fn parse_head(received: &[u8], kept: &mut Option<&mut Vec<(String, Vec<u8>)>>) -
         length: Length::UntilClosed,
         keep_alive: response.version == Some(1),
     };
-    if matches!(head.status, 100..200 | 204 | 304) {
-        head.length = Length::Known(0);
-    }
     for header in response.headers {
         if header.name.eq_ignore_ascii_case("content-length") {
             let length = std::str::from_utf8(header.value).ok().and_then(|text| text.trim().parse().ok());
-            head.length = Length::Known(length.ok_or_else(|| malformed("its content-length is no number"))?);
+            let length = length.ok_or_else(|| malformed("its content-length is no number"))?;
+            // Where both are there, the other one holds.
+            if !matches!(head.length, Length::Chunked) {
+                head.length = Length::Known(length);
+            }
         } else if header.name.eq_ignore_ascii_case("transfer-encoding") {
             head.length = Length::Chunked;
         } else if header.name.eq_ignore_ascii_case("connection") {
@@ -257,7 +271,11 @@ fn parse_head(received: &[u8], kept: &mut Option<&mut Vec<(String, Vec<u8>)>>) -
             kept.push((header.name.to_string(), header.value.to_vec()));
         }
     }
-    if matches!(head.length, Length::UntilClosed) {
+    // These have no body, whatever length they tell.
+    if matches!(head.status, 100..200 | 204 | 304) {
+        head.length = Length::Known(0);
+    }
+    if matches!(head.length, Length::UntilClosed) || head.status == 101 {
         head.keep_alive = false;
     }
     Ok(Some((length, head)))

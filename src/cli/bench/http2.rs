@@ -101,15 +101,21 @@ impl Http2 {
 
     pub(super) async fn call(&mut self, body: &Bytes, reply: Option<&mut Reply>) -> Result<(), Fault> {
         self.connect().await?;
-        let outcome = self.exchange(body, reply).await;
-        if matches!(outcome, Err(Fault::Closed(_))) {
-            self.sender = None;
+        // A timeout drops this here: what did not answer in time is not asked again.
+        let Some(mut sender) = self.sender.take() else { return Err(Fault::Connect(String::new())) };
+        let outcome = self.exchange(&mut sender, body, reply).await;
+        if !matches!(outcome, Err(Fault::Closed(_))) {
+            self.sender = Some(sender);
         }
         outcome
     }
 
-    async fn exchange(&mut self, body: &Bytes, reply: Option<&mut Reply>) -> Result<(), Fault> {
-        let Some(sender) = &mut self.sender else { return Err(Fault::Connect(String::new())) };
+    async fn exchange(
+        &self,
+        sender: &mut SendRequest<Bytes>,
+        body: &Bytes,
+        reply: Option<&mut Reply>,
+    ) -> Result<(), Fault> {
         poll_fn(|context| sender.poll_ready(context)).await.map_err(|error| broke(&error))?;
         let (answer, mut sending) = sender.send_request(self.head.clone(), false).map_err(|error| broke(&error))?;
         sending.send_data(body.clone(), true).map_err(|error| broke(&error))?;

@@ -42,8 +42,8 @@ pub(super) struct Ceiling {
     pub(super) cells: Vec<Timed>,
     /// The position of the cell with the most rows a second.
     pub(super) best: usize,
-    /// The position of the one that answers a single request soonest.
-    pub(super) best_single: usize,
+    /// The position of the one that answers a single request soonest; `None` where none was tried with one row.
+    pub(super) best_single: Option<usize>,
 }
 
 /// One batch in one layout.
@@ -121,7 +121,7 @@ impl Ceilings<'_> {
                 inputs: specs.iter().map(|spec| format!("{} {}", spec.name, spec.dtype)).collect(),
                 cells: Vec::new(),
                 best: 0,
-                best_single: 0,
+                best_single: None,
             });
         }
         let sizes: Vec<usize> = self.rows.iter().copied().filter(|rows| *rows == 1 || facts.batching.enabled).collect();
@@ -191,9 +191,9 @@ impl Ceiling {
     fn judge(&mut self) {
         let best = |better: &dyn Fn(&Timed) -> Option<f64>| {
             let rated = self.cells.iter().enumerate().filter_map(|(position, cell)| Some((better(cell)?, position)));
-            rated.max_by(|one, other| one.0.total_cmp(&other.0)).map_or(0, |(_, position)| position)
+            rated.max_by(|one, other| one.0.total_cmp(&other.0)).map(|(_, position)| position)
         };
-        self.best = best(&|cell| Some(cell.rows_per_second.median));
+        self.best = best(&|cell| Some(cell.rows_per_second.median)).unwrap_or(0);
         self.best_single = best(&|cell| (cell.rows == 1 && cell.instances == 1).then_some(-cell.p50_ms.median));
     }
 
@@ -212,7 +212,7 @@ impl Ceiling {
             if position == self.best {
                 marks.push("most rows");
             }
-            if position == self.best_single {
+            if Some(position) == self.best_single {
                 marks.push("soonest answer");
             }
             rows.push(vec![

@@ -309,8 +309,11 @@ fn work(
     };
     runtime.block_on(async {
         for connection in &mut made {
-            // One that cannot connect now tries again with its first request, and fails there.
-            let _ = Patience::new(thread.method.timeout).hold(Instant::now(), connection.connect()).await;
+            // Those that cannot connect now try again with their first request, and fail there: where one waits in
+            // vain, the others need not.
+            if Patience::new(thread.method.timeout).hold(Instant::now(), connection.connect()).await.is_err() {
+                break;
+            }
         }
         if let Some(first) = made.first_mut().filter(|_| thread.number == 0) {
             thread.examine(first, round).await;
@@ -501,6 +504,12 @@ impl Thread {
         (from..from + self.length).contains(&instant)
     }
 
+    /// From before the window until after it.
+    fn outlasted(&self, due: Instant, ended: Instant) -> bool {
+        let from = self.begin() + self.lead;
+        due < from && ended >= from + self.length
+    }
+
     fn item(&self, position: usize) -> &Encoded {
         let order = &self.target.order;
         &self.target.items[order[position % order.len()] as usize]
@@ -551,7 +560,7 @@ impl Thread {
             }
             Err(fault) => {
                 add(&live.faults, 1);
-                if self.measured(due) {
+                if self.measured(due) || self.outlasted(due, ended) {
                     self.tally().fault(&fault);
                 }
             }

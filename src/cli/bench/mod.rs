@@ -91,7 +91,7 @@ fn finish(arguments: &Arguments, report: &Report) -> Result<ExitCode> {
     }
     super::print(&table::text(report))?;
     let verdict = &report.verdict;
-    let failed = verdict.errors > verdict.max_errors || verdict.slo_met == Some(false);
+    let failed = verdict.errors > verdict.max_errors || verdict.unanswered > 0 || verdict.slo_met == Some(false);
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 

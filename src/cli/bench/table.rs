@@ -132,6 +132,9 @@ fn errors(report: &Report) -> String {
             format!("{} {}{} {role}: {what}\n", cell.protocol, cell.load.text(), if role.is_empty() { "" } else { "," })
                 .replace(" :", ":")
         };
+        if side.answers == 0 {
+            out.push_str(&named("not one answer".into()));
+        }
         for errors in &side.errors {
             let first = if errors.first.is_empty() { String::new() } else { format!(": {}", visible(&errors.first)) };
             out.push_str(&named(format!("{} × {}{first}", count(errors.count as f64), errors.kind)));
