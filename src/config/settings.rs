@@ -69,7 +69,7 @@ pub static SETTINGS: &[Setting] = &[
     file_only(
         "calibration",
         "true",
-        "whether runs of a model on the CPU are timed when it is loaded, for about 0.3 s at most, so that its first requests find it tuned; what was found is remembered in `cache_dir`",
+        "whether runs of a model on the CPU are timed when it is loaded, for 0.3 s and nine runs of one row at most, so that its first requests find it tuned; what was found is remembered in `cache_dir`",
     ),
     file_only(
         "poll_interval",

@@ -16,12 +16,16 @@ use super::selftest::Tolerance;
 use crate::scheduler::Sample;
 use crate::tensor::{Dim, Ragged, Signature, Tensor};
 
-/// What timing one layout may take; the size that exceeds it is not begun.
+/// What timing one layout may take; the size that would exceed it is not begun, but for the first.
 pub const BUDGET: Duration = Duration::from_millis(150);
 /// Runs of a size, unless they take longer than this together.
 const MOST_RUNS: u32 = 16;
 const ENOUGH_TIME: Duration = Duration::from_millis(2);
 const LEAST_RUNS: u32 = 2;
+/// On all cores, where a neighbour on any of them disturbs.
+const LEAST_WIDE_RUNS: u32 = 5;
+/// How far two timings of one size may lie apart and still agree.
+const AGREES: f64 = 1.25;
 /// What free dimensions are timed at.
 const EXTENTS: [usize; 7] = [16, 32, 64, 128, 224, 256, 512];
 /// A run that waited for a core for more than this part of its time is not counted. Shorter ones than
@@ -130,7 +134,7 @@ pub fn narrow(sizes: &Sizes, probe: &mut Probe) -> Vec<Sample> {
         if probe.spent() + LEAST_RUNS * last.map_or(Duration::ZERO, in_proportion) > end {
             break;
         }
-        match timed(sizes, size, probe) {
+        match timed(sizes, size, LEAST_RUNS, end.saturating_sub(probe.spent()), probe) {
             Ok(Some(compute)) => {
                 last = Some((compute, size.elements.max(1)));
                 samples.push(Sample { rows: size.rows, length: sizes.length(size.extent), compute });
@@ -144,13 +148,14 @@ pub fn narrow(sizes: &Sizes, probe: &mut Probe) -> Vec<Sample> {
     samples
 }
 
-/// The shortest of several runs; `None` where all were disturbed.
-fn timed(sizes: &Sizes, size: Size, probe: &mut Probe) -> Result<Option<Duration>, String> {
+/// The shortest of several runs, none of them begun after `most`; `None` where all were disturbed.
+fn timed(sizes: &Sizes, size: Size, least: u32, most: Duration, probe: &mut Probe) -> Result<Option<Duration>, String> {
     let row = sizes.row(size.extent)?;
     let jobs: Vec<&[Tensor]> = vec![&row; size.rows];
     let (begun, mut shortest) = (probe.spent(), None);
     for run in 0..MOST_RUNS {
-        if run >= LEAST_RUNS && probe.spent() - begun > ENOUGH_TIME {
+        let spent = probe.spent() - begun;
+        if run > 0 && spent > most || run >= least && spent > ENOUGH_TIME {
             break;
         }
         let (before, waited) = (probe.spent(), waited());
@@ -175,14 +180,43 @@ pub fn may_gain(narrow: &[Sample]) -> bool {
     narrow.iter().any(|sample| sample.rows == 1 && sample.compute >= WORTH_SPREADING)
 }
 
-/// Times one row on all cores, where it takes long enough on one: what it takes, and why that is a layout of the version's
-/// or is none (then without times).
-pub fn wide(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe, one_core: &mut Probe) -> (Vec<Sample>, String) {
-    let end = probe.spent() + BUDGET;
-    let (mut samples, mut best) = (Vec::new(), None::<(f64, Sample)>);
+/// Whether the cheapest and the dearest take now what they took before: then nothing disturbed either timing.
+pub fn agree(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe) -> bool {
+    [narrow.first(), narrow.last()].into_iter().flatten().all(|sample| {
+        let size = Size { rows: sample.rows, extent: sizes.extent(sample.length), elements: 1 };
+        let again = timed(sizes, size, LEAST_RUNS, BUDGET / 2, probe);
+        again.is_ok_and(|again| again.is_some_and(|again| alike(again, sample.compute)))
+    })
+}
+
+fn alike(one: Duration, other: Duration) -> bool {
+    one.max(other) <= one.min(other).mul_f64(AGREES)
+}
+
+/// What came of timing rows on all cores.
+pub struct Verdict {
+    /// Empty where that is no layout of the version's.
+    pub samples: Vec<Sample>,
+    /// Why it is one, or is none.
+    pub reason: String,
+    /// Whether the runs on one core beside them took what they took before; `None` where none was timed.
+    pub agree: Option<bool>,
+}
+
+impl Verdict {
+    fn off(reason: String, agree: Option<bool>) -> Verdict {
+        Verdict { samples: Vec::new(), reason: format!("off: {reason}"), agree }
+    }
+}
+
+/// Times one row on all cores, where it takes long enough on one.
+pub fn wide(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe, one_core: &mut Probe) -> Verdict {
+    let end = probe.spent() + one_core.spent() + BUDGET;
+    let (mut samples, mut best, mut agree) = (Vec::new(), None::<(f64, Sample)>, None);
     let tolerance = Tolerance::of(sizes.signature);
     for sample in narrow.iter().filter(|sample| sample.rows == 1 && sample.compute >= WORTH_SPREADING) {
-        if probe.spent() + LEAST_RUNS * sample.compute > end {
+        let all_runs = LEAST_WIDE_RUNS + LEAST_RUNS + 2;
+        if !samples.is_empty() && probe.spent() + one_core.spent() + all_runs * sample.compute > end {
             break;
         }
         // Its threads are begun, and its buffers made, in the first run.
@@ -192,15 +226,18 @@ pub fn wide(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe, one_core: &mut 
             Ok((spread, alone)) => {
                 let differs = alone.iter().zip(&spread).find_map(|(alone, spread)| tolerance.same(alone, spread).err());
                 if let Some(difference) = differs {
-                    return (Vec::new(), format!("off: a run on all cores has other answers: {difference}"));
+                    return Verdict::off(format!("a run on all cores has other answers: {difference}"), Some(true));
                 }
             }
-            Err(why) => return (Vec::new(), format!("off: a run on all cores fails: {why}")),
+            Err(why) => return Verdict::off(format!("a run on all cores fails: {why}"), Some(true)),
         }
         let size = Size { rows: 1, extent, elements: 1 };
-        if let Ok(Some(compute)) = timed(sizes, size, probe) {
+        if let Ok(Some(compute)) = timed(sizes, size, LEAST_WIDE_RUNS, BUDGET, probe) {
             // Once more beside it: what was busy then may not be now, and would pass for a gain.
-            let again = timed(sizes, size, one_core).ok().flatten().unwrap_or(sample.compute);
+            let again = timed(sizes, size, LEAST_RUNS, BUDGET, one_core).ok().flatten();
+            let alike = again.is_some_and(|again| alike(again, sample.compute));
+            agree = Some(agree.unwrap_or(true) && alike);
+            let again = again.unwrap_or(sample.compute);
             let gain = sample.compute.min(again).as_secs_f64() / compute.as_secs_f64().max(1e-9);
             samples.push(Sample { compute, ..*sample });
             if best.is_none_or(|(most, _)| gain > most) {
@@ -209,14 +246,14 @@ pub fn wide(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe, one_core: &mut 
         }
     }
     match best {
-        None => (Vec::new(), "off: a run on all cores could not be timed".into()),
+        None => Verdict::off("a run on all cores could not be timed".into(), None),
         Some((gain, sample)) => {
             let at = of_length(sample.length);
             let told = format!("a row{at} takes 1/{gain:.2} of its time on one");
             if gain < GAIN {
-                return (Vec::new(), format!("off: on all cores, {told}; expected 1/{GAIN} or less"));
+                return Verdict::off(format!("on all cores, {told}; expected 1/{GAIN} or less"), agree);
             }
-            (samples, format!("on: on all cores, {told}"))
+            Verdict { samples, reason: format!("on: on all cores, {told}"), agree }
         }
     }
 }
@@ -319,6 +356,7 @@ mod tests {
         // One that takes longer than all that is timed once, since nothing was known of it.
         let mut slow = clocked(&free, 1e5, |_| false);
         assert_eq!(narrow(&sizes, &mut slow).len(), 1);
+        assert_eq!(slow.spent(), Duration::from_millis(1600), "one run");
     }
 
     #[test]
@@ -328,16 +366,26 @@ mod tests {
         let on_one = || clocked(&fixed, 100.0, |_| false);
         let times = narrow(&sizes, &mut on_one());
         assert!(may_gain(&times));
-        let (samples, reason) = wide(&sizes, &times, &mut clocked(&fixed, 60.0, |_| false), &mut on_one());
+        let Verdict { samples, reason, .. } =
+            wide(&sizes, &times, &mut clocked(&fixed, 60.0, |_| false), &mut on_one());
         assert_eq!(
             (samples[0].compute, &*reason),
             (Duration::from_micros(240), "on: on all cores, a row takes 1/1.67 of its time on one")
         );
-        let (samples, reason) = wide(&sizes, &times, &mut clocked(&fixed, 95.0, |_| false), &mut on_one());
+        let Verdict { samples, reason, .. } =
+            wide(&sizes, &times, &mut clocked(&fixed, 95.0, |_| false), &mut on_one());
         assert!(samples.is_empty() && reason.starts_with("off: on all cores, a row takes 1/1.05"), "{reason}");
         let mut other = probe(&fixed, |inputs| Ok(vec![inputs[0].truncated(1, 3).unwrap()]));
-        let (samples, reason) = wide(&sizes, &times, &mut other, &mut on_one());
+        let Verdict { samples, reason, .. } = wide(&sizes, &times, &mut other, &mut on_one());
         assert!(samples.is_empty() && reason.contains("other answers"), "{reason}");
+        // However long a row takes, and whether what it took before was disturbed.
+        let slow = |factor| clocked(&fixed, factor, |_| false);
+        let times = narrow(&sizes, &mut slow(1e5));
+        let verdict = wide(&sizes, &times, &mut slow(5e4), &mut slow(1e5));
+        assert!(verdict.reason.starts_with("on: ") && verdict.agree == Some(true), "{}", verdict.reason);
+        let verdict = wide(&sizes, &times, &mut slow(5e4), &mut slow(7e4));
+        assert!(verdict.reason.starts_with("on: ") && verdict.agree == Some(false), "{}", verdict.reason);
+        assert!(agree(&sizes, &times, &mut slow(1e5)) && !agree(&sizes, &times, &mut slow(7e4)));
         let quick = narrow(&sizes, &mut clocked(&fixed, 1.0, |_| false));
         assert!(!may_gain(&quick));
     }

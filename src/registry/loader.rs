@@ -119,7 +119,7 @@ pub enum CompareGoldens {
 impl Loader {
     /// Reads the settings, copies and hashes the files, and reads what the model says of itself.
     pub fn stage(&self, found: &Discovered) -> Result<Staged, Failure> {
-        let begun = Instant::now();
+        let (begun, _under_way) = (Instant::now(), self.timing.under_way());
         if let Some(reason) = &found.refused {
             return Err(Failure::Refused(reason.clone()));
         }
@@ -186,6 +186,7 @@ impl Loader {
         compare: CompareGoldens,
         warming: impl FnOnce(),
     ) -> Result<Loaded, Failure> {
+        let _under_way = self.timing.under_way();
         let outcome = catch_unwind(AssertUnwindSafe(|| self.make(found, &staged, compare, warming)));
         let Staged { cached, .. } = staged;
         match outcome.unwrap_or(Err(Failure::Panicked)) {

@@ -14,7 +14,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -22,7 +22,9 @@ use sha2::{Digest, Sha256};
 use super::calibrate::Calibration;
 use crate::scheduler::Sample;
 
-/// The most files that are kept, and bytes of one. The oldest go.
+/// Of what is kept, in a key.
+pub const FORMAT: u32 = 1;
+/// The most files that are kept, and bytes of one. Those not used for longest go, when a start of the server first writes.
 const MAX_ENTRIES: usize = 1024;
 const MAX_BYTES: u64 = 64 << 10;
 const SUFFIX: &str = ".json";
@@ -39,6 +41,7 @@ pub struct Remembered {
     user: u32,
     most: usize,
     complained: AtomicBool,
+    pruned: AtomicBool,
 }
 
 /// A file's content below the line of its hash.
@@ -61,7 +64,8 @@ impl Remembered {
     /// `own`: a file or folder that this process made, which tells its user. Makes nothing yet.
     pub fn new(folder: PathBuf, own: &Path) -> io::Result<Remembered> {
         let user = fs::metadata(own)?.uid();
-        Ok(Remembered { folder, user, most: MAX_ENTRIES, complained: AtomicBool::new(false) })
+        let (complained, pruned) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Remembered { folder, user, most: MAX_ENTRIES, complained, pruned })
     }
 
     /// What was measured then, if it was.
@@ -127,7 +131,7 @@ impl Remembered {
             return Err("it was replaced meanwhile".into());
         }
         let mut content = String::new();
-        file.take(MAX_BYTES).read_to_string(&mut content).map_err(told)?;
+        (&file).take(MAX_BYTES).read_to_string(&mut content).map_err(told)?;
         let (hash, body) = content.split_once('\n').ok_or("it is damaged")?;
         if hash != hex(body.as_bytes()) {
             return Err("it is damaged".into());
@@ -136,6 +140,8 @@ impl Remembered {
         if entry.key != key.0 {
             return Err("it is another model's".into());
         }
+        // What is used stays longest. Where nothing can be written, nothing goes either.
+        let _ = file.set_modified(SystemTime::now());
         Ok(Some(Calibration {
             narrow: entry.narrow.into_iter().map(Sample::from).collect(),
             wide: entry.wide.into_iter().map(Sample::from).collect(),
@@ -166,7 +172,8 @@ impl Remembered {
             // The error that led here is the one to report.
             let _ = fs::remove_file(&temporary);
         }
-        written.and_then(|()| self.prune())
+        written?;
+        if self.pruned.swap(true, Ordering::Relaxed) { Ok(()) } else { self.prune() }
     }
 
     /// Files of a process that was killed while it wrote go with the oldest. What is not of this form is none of ours.
@@ -216,7 +223,8 @@ pub fn machine(cores: usize) -> String {
     };
     // As x86 and as ARM call what a processor can do.
     let features = hex(format!("{} {}", of("flags"), of("Features")).as_bytes());
-    format!("{cores} cores, {}, {}", of("model name"), &features[..16])
+    let (model, implementer, part) = (of("model name"), of("CPU implementer"), of("CPU part"));
+    format!("{cores} cores, {model}, {implementer} {part}, {}", &features[..16])
 }
 
 #[cfg(test)]
@@ -331,7 +339,11 @@ mod tests {
             let file = File::options().append(true).open(setup.remembered.path(&key(n))).unwrap();
             file.set_modified(std::time::UNIX_EPOCH + Duration::from_secs(n)).unwrap();
         }
-        assert_eq!([1, 2, 3, 4].map(|n| setup.remembered.recall(&key(n)).is_some()), [false, false, true, true]);
+        assert!(setup.remembered.recall(&key(1)).is_some(), "once a start, and what is recalled is as new");
+        setup.remembered.pruned.store(false, Ordering::Relaxed);
+        setup.remembered.keep(&key(5), &measured(5));
+        let kept = [1, 2, 3, 4, 5].map(|n| setup.remembered.recall(&key(n)).is_some());
+        assert_eq!(kept, [true, false, false, false, true]);
         assert!(setup.remembered.folder.join("notes.txt").exists());
     }
 

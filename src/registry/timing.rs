@@ -1,6 +1,7 @@
 //! When a version's runs are timed, and when that was done before and is remembered.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::calibrate::{self, Calibration, Sizes};
 use super::model_config::ModelConfig;
@@ -11,12 +12,49 @@ use super::view;
 use crate::backend::Device;
 use crate::scheduler::{Gate, Sample, Wide};
 
+/// How long a timing waits for other loads to be out of its way; none that meets another counts by itself.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 pub struct Timing {
     on: bool,
     remembered: Option<Remembered>,
     machine: String,
     /// One version is timed at a time: two would measure each other.
     turn: Mutex<()>,
+    loads: Mutex<Loads>,
+    /// Told when one ends or waits for its turn.
+    quieter: Condvar,
+}
+
+/// Loads that are under way, and do not wait for their turn to be timed.
+#[derive(Default)]
+struct Loads {
+    busy: usize,
+    begun: u64,
+}
+
+/// A load under way, until it is dropped.
+pub struct UnderWay<'a>(&'a Timing);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.pause();
+    }
+}
+
+/// The only timing.
+struct Turn<'a> {
+    timing: &'a Timing,
+    _turn: MutexGuard<'a, ()>,
+    /// How many loads had begun, where no other was under way.
+    quiet: Option<u64>,
+}
+
+impl Turn<'_> {
+    /// Whether no other load was under way all the time.
+    fn was_alone(&self) -> bool {
+        self.quiet == Some(self.timing.loads().begun)
+    }
 }
 
 /// A version on one device, and what it is timed with.
@@ -42,7 +80,42 @@ pub struct Timed {
 impl Timing {
     pub fn new(on: bool, remembered: Option<Remembered>, cores: usize) -> Timing {
         let machine = if on { remembered::machine(cores) } else { String::new() };
-        Timing { on, remembered, machine, turn: Mutex::default() }
+        let (turn, loads, quieter) = (Mutex::default(), Mutex::default(), Condvar::new());
+        Timing { on, remembered, machine, turn, loads, quieter }
+    }
+
+    /// What a load says of itself, so that no timing beside it is taken for an undisturbed one.
+    pub fn under_way(&self) -> UnderWay<'_> {
+        self.resume();
+        UnderWay(self)
+    }
+
+    fn loads(&self) -> MutexGuard<'_, Loads> {
+        self.loads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn resume(&self) {
+        let mut loads = self.loads();
+        loads.busy += 1;
+        loads.begun += 1;
+    }
+
+    fn pause(&self) {
+        let mut loads = self.loads();
+        loads.busy = loads.busy.saturating_sub(1);
+        self.quieter.notify_all();
+    }
+
+    /// For a load that is under way. While it waits it disturbs nobody.
+    fn turn(&self) -> Turn<'_> {
+        self.pause();
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.quieter.wait_timeout_while(self.loads(), PATIENCE, |loads| loads.busy > 0);
+        let (mut loads, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let alone = loads.busy == 0;
+        loads.busy += 1;
+        loads.begun += 1;
+        Turn { timing: self, _turn: turn, quiet: alone.then_some(loads.begun) }
     }
 
     /// Not on GPUs: there is no idle one to measure on, and their times are learned soon enough.
@@ -58,21 +131,21 @@ impl Timing {
         if let Some(known) = self.remembered.as_ref().and_then(|remembered| remembered.recall(&key)) {
             return subject.again(known);
         }
-        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let (calibration, wide, certain) = subject.measure(probe);
-        drop(turn);
+        let (calibration, wide, certain) = subject.measure(self, probe);
         if let Some(remembered) = self.remembered.as_ref().filter(|_| certain) {
             remembered.keep(&key, &calibration);
         }
-        Timed::of(calibration, wide, "timed at this load")
+        let (wide, failed) = split(wide);
+        Timed::of(calibration, wide, failed, "timed at this load")
     }
 
     fn key(&self, subject: &Subject) -> Key {
         let Subject { site, config, digest, placed, sizes, .. } = subject;
         let (engine, settings) = (site.backend, remembered::hex(format!("{config:?}").as_bytes()));
         Key(format!(
-            "tidegate {}\nmodel {digest}\nengine {} {}\nmachine {}\nplan {}\nrows {}\nlengths {}\nsettings {settings}",
+            "tidegate {}\nformat {}\nmodel {digest}\nengine {} {}\nmachine {}\nplan {}\nrows {}\nlengths {}\nsettings {settings}",
             env!("CARGO_PKG_VERSION"),
+            remembered::FORMAT,
             engine.name(),
             engine.version(),
             self.machine,
@@ -85,40 +158,51 @@ impl Timing {
 
 impl Subject<'_> {
     /// The last says whether it is worth remembering.
-    fn measure(&self, probe: &mut Probe) -> (Calibration, Option<Wide>, bool) {
+    fn measure(&self, timing: &Timing, probe: &mut Probe) -> (Calibration, Made, bool) {
+        let turn = timing.turn();
         let narrow = calibrate::narrow(&self.sizes, probe);
         let mut calibration = Calibration { narrow, ..Calibration::default() };
         if !calibrate::may_gain(&calibration.narrow) {
             let why = if calibration.narrow.is_empty() { "nothing could be timed" } else { "a row takes too little" };
             calibration.wide_reason = format!("off: {why}");
-            let certain = !calibration.narrow.is_empty();
-            return (calibration, None, certain);
+            let certain = turn.was_alone() || calibrate::agree(&self.sizes, &calibration.narrow, probe);
+            return (calibration.clone(), Ok(None), certain && !calibration.narrow.is_empty());
         }
+        let alone = turn.was_alone();
+        drop(turn);
+        // Others may be timed while another session is made.
         let mut spread = match self.spread() {
             Ok(spread) => spread,
             Err(why) => {
                 calibration.wide_reason = why;
-                return (calibration, None, true);
+                let turn = (!alone).then(|| timing.turn());
+                let certain = turn.is_none() || calibrate::agree(&self.sizes, &calibration.narrow, probe);
+                return (calibration, Ok(None), certain);
             }
         };
-        let timed = calibrate::wide(&self.sizes, &calibration.narrow, &mut spread, probe);
-        (calibration.wide, calibration.wide_reason) = timed;
-        let wide = (!calibration.wide.is_empty()).then(|| self.layout(spread, &calibration.wide)).flatten();
-        (calibration, wide, true)
+        let turn = timing.turn();
+        let verdict = calibrate::wide(&self.sizes, &calibration.narrow, &mut spread, probe);
+        let certain = verdict.agree.is_some_and(|agree| agree || alone && turn.was_alone());
+        drop(turn);
+        (calibration.wide, calibration.wide_reason) = (verdict.samples, verdict.reason);
+        let wide =
+            if calibration.wide.is_empty() { Ok(None) } else { self.layout(spread, &calibration.wide).map(Some) };
+        (calibration, wide, certain)
     }
 
     /// As it was measured before.
     fn again(&self, known: Calibration) -> Timed {
-        let mut wide = None;
-        if !known.wide.is_empty()
-            && let Ok(mut spread) = self.spread()
-        {
-            // Its threads and buffers are there before the first request.
-            let row = calibrate::row_of(&self.sizes, &known.wide);
-            let _ = row.and_then(|row| spread.run(&[&row]));
-            wide = self.layout(spread, &known.wide);
-        }
-        Timed::of(known, wide, "remembered from an earlier load")
+        let wide = if known.wide.is_empty() { Ok(None) } else { self.wide_again(&known.wide).map(Some) };
+        let (wide, failed) = split(wide);
+        Timed::of(known, wide, failed, "remembered from an earlier load")
+    }
+
+    fn wide_again(&self, costs: &[Sample]) -> Result<Wide, String> {
+        let mut spread = self.spread()?;
+        // Its threads and buffers are there before the first request.
+        let row = calibrate::row_of(&self.sizes, costs);
+        let _ = row.and_then(|row| spread.run(&[&row]));
+        self.layout(spread, costs)
     }
 
     fn spread(&self) -> Result<Probe, String> {
@@ -126,15 +210,23 @@ impl Subject<'_> {
         Probe::new(model, self.gate, self.site.cores).map_err(|error| format!("off: {error}"))
     }
 
-    fn layout(&self, spread: Probe, costs: &[Sample]) -> Option<Wide> {
-        let instance = spread.into_instance().ok()?;
-        Some(Wide { instance, cores: self.site.cores, costs: costs.to_vec() })
+    fn layout(&self, spread: Probe, costs: &[Sample]) -> Made<Wide> {
+        let instance = spread.into_instance().map_err(|error| format!("off: {error}"))?;
+        Ok(Wide { instance, cores: self.site.cores, costs: costs.to_vec() })
     }
 }
 
+/// The wide layout, or why what was measured to gain is not there.
+type Made<T = Option<Wide>> = Result<T, String>;
+
+fn split(made: Made) -> (Option<Wide>, Option<String>) {
+    made.map_or_else(|why| (None, Some(why)), |wide| (wide, None))
+}
+
 impl Timed {
-    fn of(calibration: Calibration, wide: Option<Wide>, when: &str) -> Timed {
+    fn of(calibration: Calibration, wide: Option<Wide>, failed: Option<String>, when: &str) -> Timed {
         let Calibration { narrow, wide_reason, .. } = calibration;
-        Timed { told: format!("{} ({when})", calibrate::told(&narrow)), wide_told: wide_reason, wide, costs: narrow }
+        let told = format!("{} ({when})", calibrate::told(&narrow));
+        Timed { told, wide_told: failed.unwrap_or(wide_reason), wide, costs: narrow }
     }
 }
