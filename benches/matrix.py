@@ -259,8 +259,9 @@ class Step:
 
 def fixed_settings(cell):
     """A `model.toml` that leaves the server nothing to choose."""
-    batching = f"[batching]\npreferred_rows = {cell['rows']}\n" if cell["rows"] > 1 else "batching = false\n"
-    return f"tune = false\ninstances = {cell['instances']}\nthreads = {cell['threads']}\n{batching}"
+    filled = f"[batching]\npreferred_rows = {cell['rows']}\ntune = false\n"
+    batching = filled if cell["rows"] > 1 else "batching = false\n"
+    return f"instances = {cell['instances']}\nthreads = {cell['threads']}\n{batching}"
 
 
 class Plan:
