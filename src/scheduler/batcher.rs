@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 pub const MAX_DELAY: Duration = Duration::from_secs(3600);
 
 /// More rows than any batch: an entry's rows are counted up to here, so that sums over a queue cannot overflow.
-const MOST_ROWS: usize = u32::MAX as usize;
+pub(super) const MOST_ROWS: usize = u32::MAX as usize;
 
 /// One waiting job.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -121,6 +121,7 @@ impl CostModel {
     }
 
     /// What is known, so that a later model may begin with it.
+    #[cfg(test)]
     pub fn samples(&self) -> Vec<Sample> {
         let of = |(length, curve): (&usize, &Curve)| {
             let length = (*length > 0).then_some(*length);

@@ -5,9 +5,10 @@
 //! many takes little longer than a run of one.
 //!
 //! Owns whether it may be, and the run. Invariants: nothing is overtaken: what runs at once finds an empty queue, and a
-//! collector takes what a worker would; nothing is waited for,
-//! since the instance is idle and promised to nobody; the thread is held for about [`Config::longest_inline`]. What a
-//! collector finds that takes longer, or fails together, it leaves to a worker. The compute gate is for workers: I/O threads share the cores with them anyway, and spend more on a JSON body than on such a run.
+//! collector takes what a worker would; nothing is waited for, since the instance is idle and promised to nobody; the
+//! thread is held for about [`Config::longest_inline`]. What a collector finds that takes longer, or fails together, it
+//! leaves to a worker. The compute gate is for workers: I/O threads share the cores with them anyway, and spend more on
+//! a JSON body than on such a run.
 //!
 //! Runs on the caller's thread, an I/O thread mostly. What the caller is not told of the instance, a panic for one, is
 //! settled by the guard that holds it.

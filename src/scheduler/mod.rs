@@ -61,8 +61,6 @@ pub use threads::{MAX_COPIED_WEIGHTS_BYTES, Reason, ThreadPlan, Wish};
 pub const DEFAULT_PREFERRED_ROWS: usize = 32;
 pub const DEFAULT_MAX_QUEUE_REQUESTS: usize = 1024;
 pub const DEFAULT_MAX_QUEUE_BYTES: usize = 512 << 20;
-/// Rows of one request are counted up to here, so that sums over what waits and runs cannot overflow.
-const MOST_ROWS: usize = u32::MAX as usize;
 pub const DEFAULT_LINGER: Duration = Duration::from_secs(10);
 /// A run on several threads takes less than this part of the time of one on fewer, or it is not worth their cores.
 const WIDE_SAVES: f64 = 0.9;
@@ -472,7 +470,8 @@ impl Scheduler {
         &self.shared.config
     }
 
-    /// What runs cost, as far as is known, by group: what another scheduler of the same model may begin with.
+    /// What runs cost, as far as is known, by group.
+    #[cfg(test)]
     pub fn costs(&self) -> Vec<Vec<Sample>> {
         lock(&self.shared.state).limits.iter().map(|limits| limits.costs().samples()).collect()
     }
@@ -515,7 +514,7 @@ impl Shared {
         self.check_admits(&state, bytes)?;
         let job = Job { inputs, outputs, rows, length, extent, deadline, submitted: now, place: None, permit, reply };
         // Where nothing is shared, every request is one batch, however many rows it has.
-        let rows = if self.batching.load(Ordering::Relaxed) { rows.min(MOST_ROWS) } else { 1 };
+        let rows = if self.batching.load(Ordering::Relaxed) { rows.min(batcher::MOST_ROWS) } else { 1 };
         let full = state.full(extent);
         let ticket = state.batcher.push(Entry { key, priority, rows, full, bytes, arrived: now, item: job });
         if !state.is_alone() {

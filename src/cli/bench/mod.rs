@@ -41,12 +41,6 @@ pub(super) use arguments::{AFTER_HELP, Arguments};
 use measure::Measurement;
 use report::{Environment, Report, Settings};
 
-/// The server answered with an error before anything was measured.
-const EXIT_REFUSED: u8 = 1;
-/// There was no answer.
-const EXIT_NO_ANSWER: u8 = 3;
-
-#[expect(clippy::print_stderr, reason = "why there is nothing to show")]
 pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     arguments.check()?;
     if arguments.answers_from_stdin {
@@ -61,15 +55,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     };
     match outcome {
         Ok(report) => finish(&arguments, &report),
-        Err(Failure::Usage(error)) => Err(error),
-        Err(Failure::Refused(message)) => {
-            eprintln!("tidegate: {message}");
-            Ok(ExitCode::from(EXIT_REFUSED))
-        }
-        Err(Failure::NoAnswer(message)) => {
-            eprintln!("tidegate: {message}");
-            Ok(ExitCode::from(EXIT_NO_ANSWER))
-        }
+        Err(failure) => failure.told(),
     }
 }
 

@@ -19,6 +19,7 @@ use std::fmt;
 use std::io::Read;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -61,6 +62,25 @@ pub(super) enum Failure {
     Refused(String),
     /// The server is not there, broke off, or answered what is not in the protocol.
     NoAnswer(String),
+}
+
+/// The server answered with an error.
+const EXIT_REFUSED: u8 = 1;
+/// There was no answer: not reachable, cut off, too late, or not in the protocol.
+const EXIT_NO_ANSWER: u8 = 3;
+
+impl Failure {
+    /// Tells why a command has nothing to show, and how it exits then.
+    #[expect(clippy::print_stderr, reason = "the one place where a client's failure is told")]
+    pub(super) fn told(self) -> Result<ExitCode> {
+        let (message, code) = match self {
+            Failure::Usage(error) => return Err(error),
+            Failure::Refused(message) => (message, EXIT_REFUSED),
+            Failure::NoAnswer(message) => (message, EXIT_NO_ANSWER),
+        };
+        eprintln!("tidegate: {message}");
+        Ok(ExitCode::from(code))
+    }
 }
 
 impl From<anyhow::Error> for Failure {

@@ -21,11 +21,6 @@ use super::client::{Address, Answer, Client, Failure, ModelMetadata, read_file};
 use super::{print, surroundings};
 use crate::units::{DURATION_FORM, parse_duration};
 
-/// The server answered with an error.
-const EXIT_REFUSED: u8 = 1;
-/// There was no answer: not reachable, cut off, too late, or not in the protocol.
-const EXIT_NO_ANSWER: u8 = 3;
-
 /// How much longer than the server we wait, so that its own word on a deadline arrives.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -85,7 +80,6 @@ enum Asked {
 }
 
 /// Exit code 1 where the server refuses, 3 where it does not answer.
-#[expect(clippy::print_stderr, reason = "why there is no answer")]
 pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     let asked = arguments.asked()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -97,15 +91,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
             print(&text)?;
             Ok(ExitCode::SUCCESS)
         }
-        Err(Failure::Usage(error)) => Err(error),
-        Err(Failure::Refused(message)) => {
-            eprintln!("tidegate: {message}");
-            Ok(ExitCode::from(EXIT_REFUSED))
-        }
-        Err(Failure::NoAnswer(message)) => {
-            eprintln!("tidegate: {message}");
-            Ok(ExitCode::from(EXIT_NO_ANSWER))
-        }
+        Err(failure) => failure.told(),
     }
 }
 
