@@ -22,8 +22,11 @@ pub const BUDGET: Duration = Duration::from_millis(150);
 const MOST_RUNS: u32 = 16;
 const ENOUGH_TIME: Duration = Duration::from_millis(2);
 const LEAST_RUNS: u32 = 2;
-/// On all cores, where a neighbour on any of them disturbs.
-const LEAST_WIDE_RUNS: u32 = 5;
+/// Of a run on all cores and one on one: a neighbour on any core disturbs the first.
+const LEAST_PAIRS: u32 = 7;
+const ENOUGH_PAIRED: Duration = Duration::from_millis(30);
+/// Of such pairs, where they show no gain.
+const TRIES: u32 = 3;
 /// How far two timings of one size may lie apart and still agree.
 const AGREES: f64 = 1.25;
 /// What free dimensions are timed at.
@@ -34,8 +37,8 @@ const MOST_WAITED: f64 = 0.1;
 const WORTH_A_LOOK: Duration = Duration::from_millis(1);
 /// From this on a run may gain by being spread: waking another thread takes some 50 µs.
 const WORTH_SPREADING: Duration = Duration::from_micros(200);
-/// How much faster a spread run must be to be worth the memory.
-const GAIN: f64 = 1.15;
+/// How much faster a spread run must be to be worth the memory. Whether it is used is learned from requests.
+const GAIN: f64 = 1.08;
 const SEED: u64 = 3;
 
 /// What runs of a version on the CPU cost, and which layouts it has there.
@@ -158,11 +161,7 @@ fn timed(sizes: &Sizes, size: Size, least: u32, most: Duration, probe: &mut Prob
         if run > 0 && spent > most || run >= least && spent > ENOUGH_TIME {
             break;
         }
-        let (before, waited) = (probe.spent(), waited());
-        probe.run(&jobs)?;
-        let took = probe.spent() - before;
-        let waited = self::waited().zip(waited).map_or(Duration::ZERO, |(after, before)| after.saturating_sub(before));
-        if took < WORTH_A_LOOK || waited <= took.mul_f64(MOST_WAITED) {
+        if let Some(took) = once(&jobs, probe)? {
             shortest = Some(shortest.map_or(took, |shortest: Duration| shortest.min(took)));
         }
     }
@@ -209,37 +208,36 @@ impl Verdict {
     }
 }
 
-/// Times one row on all cores, where it takes long enough on one.
+/// Times one row on all cores, where it takes long enough on one. The two take turns: what disturbs one of them for a
+/// while disturbs the other, too.
 pub fn wide(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe, one_core: &mut Probe) -> Verdict {
     let end = probe.spent() + one_core.spent() + BUDGET;
     let (mut samples, mut best, mut agree) = (Vec::new(), None::<(f64, Sample)>, None);
     let tolerance = Tolerance::of(sizes.signature);
     for sample in narrow.iter().filter(|sample| sample.rows == 1 && sample.compute >= WORTH_SPREADING) {
-        let all_runs = LEAST_WIDE_RUNS + LEAST_RUNS + 2;
+        let all_runs = 2 * (LEAST_PAIRS + 1);
         if !samples.is_empty() && probe.spent() + one_core.spent() + all_runs * sample.compute > end {
             break;
         }
         // Its threads are begun, and its buffers made, in the first run.
-        let extent = sizes.extent(sample.length);
-        let answers = sizes.row(extent).and_then(|row| Ok((probe.run(&[&row])?, one_core.run(&[&row])?)));
-        match answers {
-            Ok((spread, alone)) => {
+        let answers = sizes
+            .row(sizes.extent(sample.length))
+            .and_then(|row| Ok((probe.run(&[&row])?, one_core.run(&[&row])?, row)));
+        let row = match answers {
+            Ok((spread, alone, row)) => {
                 let differs = alone.iter().zip(&spread).find_map(|(alone, spread)| tolerance.same(alone, spread).err());
                 if let Some(difference) = differs {
                     return Verdict::off(format!("a run on all cores has other answers: {difference}"), Some(true));
                 }
+                row
             }
             Err(why) => return Verdict::off(format!("a run on all cores fails: {why}"), Some(true)),
-        }
-        let size = Size { rows: 1, extent, elements: 1 };
-        if let Ok(Some(compute)) = timed(sizes, size, LEAST_WIDE_RUNS, BUDGET, probe) {
-            // Once more beside it: what was busy then may not be now, and would pass for a gain.
-            let again = timed(sizes, size, LEAST_RUNS, BUDGET, one_core).ok().flatten();
-            let alike = again.is_some_and(|again| alike(again, sample.compute));
-            agree = Some(agree.unwrap_or(true) && alike);
-            let again = again.unwrap_or(sample.compute);
-            let gain = sample.compute.min(again).as_secs_f64() / compute.as_secs_f64().max(1e-9);
-            samples.push(Sample { compute, ..*sample });
+        };
+        let left = end.saturating_sub(probe.spent() + one_core.spent());
+        let tries = if samples.is_empty() { TRIES } else { 1 };
+        if let Ok(Some(Paired { gain, spread, alone })) = best_of(tries, &row, left, probe, one_core) {
+            agree = Some(agree.unwrap_or(true) && alike(alone, sample.compute));
+            samples.push(Sample { compute: spread, ..*sample });
             if best.is_none_or(|(most, _)| gain > most) {
                 best = Some((gain, *sample));
             }
@@ -256,6 +254,65 @@ pub fn wide(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe, one_core: &mut 
             Verdict { samples, reason: format!("on: on all cores, {told}"), agree }
         }
     }
+}
+
+/// Runs of one row on all cores and on one, in turns.
+struct Paired {
+    /// The median of how many times as long as on all cores a run on one took.
+    gain: f64,
+    /// The shortest of each.
+    spread: Duration,
+    alone: Duration,
+}
+
+/// A neighbour on any core takes the gain away, and none can give it: the first of them that shows one, or the best.
+fn best_of(
+    tries: u32,
+    row: &[Tensor],
+    most: Duration,
+    probe: &mut Probe,
+    one_core: &mut Probe,
+) -> Result<Option<Paired>, String> {
+    let mut best = None::<Paired>;
+    for _ in 0..tries {
+        let Some(found) = paired(row, most, probe, one_core)? else { continue };
+        if best.as_ref().is_none_or(|best| found.gain > best.gain) {
+            best = Some(found);
+        }
+        if best.as_ref().is_some_and(|best| best.gain >= GAIN) {
+            break;
+        }
+    }
+    Ok(best)
+}
+
+/// None is begun after `most` but for the least; `None` where all were disturbed.
+fn paired(row: &[Tensor], most: Duration, probe: &mut Probe, one_core: &mut Probe) -> Result<Option<Paired>, String> {
+    let begun = probe.spent() + one_core.spent();
+    let mut pairs: Vec<(Duration, Duration)> = Vec::new();
+    for run in 0..MOST_RUNS {
+        if run >= LEAST_PAIRS && probe.spent() + one_core.spent() - begun > most.min(ENOUGH_PAIRED) {
+            break;
+        }
+        if let (Some(spread), Some(alone)) = (once(&[row], probe)?, once(&[row], one_core)?) {
+            pairs.push((spread, alone));
+        }
+    }
+    let ratio = |(spread, alone): &(Duration, Duration)| alone.as_secs_f64() / spread.as_secs_f64().max(1e-9);
+    let mut gains: Vec<f64> = pairs.iter().map(ratio).collect();
+    gains.sort_by(f64::total_cmp);
+    let shortest = |of: fn(&(Duration, Duration)) -> Duration| pairs.iter().map(of).min();
+    let both = shortest(|pair| pair.0).zip(shortest(|pair| pair.1));
+    Ok(both.map(|(spread, alone)| Paired { gain: gains[gains.len() / 2], spread, alone }))
+}
+
+/// What one run took; `None` where it had to wait for a core.
+fn once(jobs: &[&[Tensor]], probe: &mut Probe) -> Result<Option<Duration>, String> {
+    let (before, waited) = (probe.spent(), waited());
+    probe.run(jobs)?;
+    let took = probe.spent() - before;
+    let waited = self::waited().zip(waited).map_or(Duration::ZERO, |(after, before)| after.saturating_sub(before));
+    Ok((took < WORTH_A_LOOK || waited <= took.mul_f64(MOST_WAITED)).then_some(took))
 }
 
 /// For people: what a row takes, and what one costs in the best batch, by length.

@@ -261,6 +261,7 @@ impl Loader {
         let Placement { mut devices, reason: device_reason, warnings: fallen_back } =
             site.place(&config.groups, config.file.name())?;
         warming();
+        self.timing.give_way();
         for placed in &mut devices {
             declared::check(config, placed.model.signature()).map_err(Failure::Config)?;
             placed.model = view::of(Arc::clone(&placed.model), config);
@@ -277,6 +278,7 @@ impl Loader {
         })
         .map(selftest::agreed)
         .map_err(Failure::Config)?;
+        self.timing.give_way();
         let ragged = on_all(&devices, &mut probes, |probe| {
             ragged::decide(&config.batching.ragged, batching.enabled, &signature, probe)
         })
@@ -292,6 +294,7 @@ impl Loader {
         let mut warm_ups = WarmUps { folder: &found.folder, signature: &signature, most_rows, left: warmup::BUDGET };
         let mut goldens = None;
         for probe in &mut probes {
+            self.timing.give_way();
             let refused = warm_up(probe, &signature, &batching, preferred_rows);
             warnings.extend(refused.filter(|warning| !warnings.contains(warning)));
             declared_warm_ups(config, &mut warm_ups, probe)?;

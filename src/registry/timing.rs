@@ -12,7 +12,7 @@ use super::view;
 use crate::backend::Device;
 use crate::scheduler::{Gate, Sample, Wide};
 
-/// How long a timing waits for other loads to be out of its way; none that meets another counts by itself.
+/// How long a timing waits for other loads to step aside; none that meets another counts by itself.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 pub struct Timing {
@@ -22,15 +22,17 @@ pub struct Timing {
     /// One version is timed at a time: two would measure each other.
     turn: Mutex<()>,
     loads: Mutex<Loads>,
-    /// Told when one ends or waits for its turn.
-    quieter: Condvar,
+    /// Told when a load ends or waits, and when a timing ends.
+    changed: Condvar,
 }
 
-/// Loads that are under way, and do not wait for their turn to be timed.
+/// Loads that are under way, and wait neither for their turn to be timed nor for another's to end.
 #[derive(Default)]
 struct Loads {
     busy: usize,
     begun: u64,
+    /// One is timed, or about to be.
+    timed: bool,
 }
 
 /// A load under way, until it is dropped.
@@ -48,6 +50,13 @@ struct Turn<'a> {
     _turn: MutexGuard<'a, ()>,
     /// How many loads had begun, where no other was under way.
     quiet: Option<u64>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.timing.loads().timed = false;
+        self.timing.changed.notify_all();
+    }
 }
 
 impl Turn<'_> {
@@ -80,8 +89,8 @@ pub struct Timed {
 impl Timing {
     pub fn new(on: bool, remembered: Option<Remembered>, cores: usize) -> Timing {
         let machine = if on { remembered::machine(cores) } else { String::new() };
-        let (turn, loads, quieter) = (Mutex::default(), Mutex::default(), Condvar::new());
-        Timing { on, remembered, machine, turn, loads, quieter }
+        let (turn, loads, changed) = (Mutex::default(), Mutex::default(), Condvar::new());
+        Timing { on, remembered, machine, turn, loads, changed }
     }
 
     /// What a load says of itself, so that no timing beside it is taken for an undisturbed one.
@@ -90,12 +99,23 @@ impl Timing {
         UnderWay(self)
     }
 
+    /// Between two steps of a load that is under way: waits until none is timed.
+    pub fn give_way(&self) {
+        let timed = self.loads().timed;
+        if timed {
+            self.pause();
+            self.resume();
+        }
+    }
+
     fn loads(&self) -> MutexGuard<'_, Loads> {
         self.loads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Once none is timed.
     fn resume(&self) {
-        let mut loads = self.loads();
+        let waited = self.changed.wait_while(self.loads(), |loads| loads.timed);
+        let mut loads = waited.unwrap_or_else(PoisonError::into_inner);
         loads.busy += 1;
         loads.begun += 1;
     }
@@ -103,14 +123,15 @@ impl Timing {
     fn pause(&self) {
         let mut loads = self.loads();
         loads.busy = loads.busy.saturating_sub(1);
-        self.quieter.notify_all();
+        self.changed.notify_all();
     }
 
     /// For a load that is under way. While it waits it disturbs nobody.
     fn turn(&self) -> Turn<'_> {
         self.pause();
         let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.quieter.wait_timeout_while(self.loads(), PATIENCE, |loads| loads.busy > 0);
+        self.loads().timed = true;
+        let waited = self.changed.wait_timeout_while(self.loads(), PATIENCE, |loads| loads.busy > 0);
         let (mut loads, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let alone = loads.busy == 0;
         loads.busy += 1;
@@ -228,5 +249,41 @@ impl Timed {
         let Calibration { narrow, wide_reason, .. } = calibration;
         let told = format!("{} ({when})", calibrate::told(&narrow));
         Timed { told, wide_told: failed.unwrap_or(wide_reason), wide, costs: narrow }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn a_load_steps_aside_for_one_that_is_timed() {
+        let timing = Timing::new(false, None, 1);
+        let (_timed, (ask, asked), (say, said)) = (timing.under_way(), mpsc::channel(), mpsc::channel());
+        std::thread::scope(|scope| {
+            let timing = &timing;
+            scope.spawn(move || {
+                let _other = timing.under_way();
+                say.send("begun").unwrap();
+                asked.recv().unwrap();
+                timing.give_way();
+                say.send("went on").unwrap();
+            });
+            assert_eq!(said.recv(), Ok("begun"));
+            let asking = scope.spawn(move || {
+                while !timing.loads().timed {
+                    std::thread::yield_now();
+                }
+                ask.send(()).unwrap();
+            });
+            let turn = timing.turn();
+            asking.join().unwrap();
+            assert!(turn.quiet.is_some() && turn.was_alone(), "it did not wait until the other had stepped aside");
+            assert!(said.try_recv().is_err());
+            drop(turn);
+            assert_eq!(said.recv(), Ok("went on"));
+        });
     }
 }

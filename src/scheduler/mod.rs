@@ -63,7 +63,9 @@ pub const DEFAULT_MAX_QUEUE_REQUESTS: usize = 1024;
 pub const DEFAULT_MAX_QUEUE_BYTES: usize = 512 << 20;
 pub const DEFAULT_LINGER: Duration = Duration::from_secs(10);
 /// A run on several threads takes less than this part of the time of one on fewer, or it is not worth their cores.
-const WIDE_SAVES: f64 = 0.9;
+const WIDE_SAVES: f64 = 0.95;
+/// Of so many lone runs one is made in the layout that seems slower: what was measured at load may have been disturbed.
+const LONE_TRIAL: u32 = 256;
 /// A thread's other connections wait for such a run.
 pub const DEFAULT_LONGEST_INLINE: Duration = Duration::from_micros(50);
 
@@ -215,6 +217,7 @@ struct WideSlot {
     instance: Option<Box<dyn Instance>>,
     cores: usize,
     costs: CostModel,
+    lone_runs: u32,
 }
 
 /// A group's places for instances, and what its workers are at.
@@ -312,8 +315,13 @@ impl State {
         let narrow = self.limits[group].costs().predict(job.rows, job.extent)?;
         let expected = wide.costs.predict(job.rows, job.extent)?;
         let alone = self.crowded.is_none_or(|crowded| now.saturating_duration_since(crowded) > 2 * expected);
+        if !alone {
+            return None;
+        }
+        wide.lone_runs = wide.lone_runs.wrapping_add(1);
         let pays = expected < narrow.mul_f64(WIDE_SAVES);
-        Some((wide.instance.take_if(|_| alone && pays)?, wide.cores))
+        let trial = wide.lone_runs.is_multiple_of(LONE_TRIAL);
+        Some((wide.instance.take_if(|_| pays != trial)?, wide.cores))
     }
 
     /// At most one request is here; those that hear their answer by now are not.
@@ -373,6 +381,7 @@ impl Scheduler {
                 instance: Some(instance),
                 cores,
                 costs: CostModel::new(&costs),
+                lone_runs: 0,
             }));
             engines.push(Engine { model, cores, work: Condvar::new(), filling: Condvar::new() });
             instances.push((place, instance));

@@ -1048,6 +1048,24 @@ async fn a_request_that_is_alone_runs_on_all_cores_and_none_that_has_company() {
 }
 
 #[tokio::test]
+async fn what_seems_slower_is_tried_again_by_lone_requests() {
+    for (expected_wide, usual) in [(40, true), (400, false)] {
+        let (narrow, wide): (Arc<Script>, Arc<Script>) = (Arc::default(), Arc::default());
+        let another = Wide { instance: group(&wide, 1, 4).instance, cores: 4, costs: vec![cost(1, expected_wide)] };
+        let group = Group { costs: vec![cost(1, 100)], wide: Some(another), ..group(&narrow, 1, 1) };
+        let bench = Bench::with(&narrow, vec![group], Bench::config());
+        for _ in 1..LONE_TRIAL {
+            done(bench.submit(&[1.0])).await.unwrap();
+        }
+        let (on_all, on_one) = (wide.runs().len(), narrow.runs().len());
+        assert_eq!((on_all > 0, on_one > 0), (usual, !usual));
+        done(bench.submit(&[2.0])).await.unwrap();
+        let tried = if usual { narrow.runs() } else { wide.runs() };
+        assert_eq!(tried, [[2.0]]);
+    }
+}
+
+#[tokio::test]
 async fn a_wide_instance_that_panics_is_not_missed() {
     let (narrow, wide): (Arc<Script>, Arc<Script>) = (Arc::default(), Arc::default());
     let another = Wide { instance: group(&wide, 1, 4).instance, cores: 4, costs: vec![cost(1, 40)] };
