@@ -114,11 +114,18 @@ pub(super) fn provenance(trace: &Trace, headers: &mut HeaderMap) {
     // Texts are ASCII; one that were not would be left out rather than fail the answer.
     let text = |value: &str| HeaderValue::from_str(value).ok();
     let mut say = |name, value: Option<HeaderValue>| value.and_then(|value| headers.insert(name, value));
-    say(PREDICTION, text(trace.prediction().encode(&mut [0; PredictionId::TEXT_BYTES])));
+    say(PREDICTION, text(trace.prediction().encode(&mut [0; PredictionId::TEXT_BYTES])).map(passing));
     if let Some((version, digest)) = trace.chosen() {
         say(VERSION, Some(version.number().into()));
         say(DIGEST, text(digest));
     }
+}
+
+/// A value that no other answer has. HTTP/2 keeps what it sends, to refer to it later, but not what is marked like this:
+/// this would only drive out what is sent again and again.
+pub(super) fn passing(mut value: HeaderValue) -> HeaderValue {
+    value.set_sensitive(true);
+    value
 }
 
 pub(super) const SERVER_TIMING: &str = "server-timing";

@@ -92,7 +92,8 @@ fn answer(intake: &Intake, response: InferResponse) -> Response<proto::ModelInfe
     let (message, permit) = convert::response(response);
     intake.hold(permit, message.raw_output_contents.iter().map(Bytes::len).sum());
     let mut answer = Response::new(message);
-    if let Ok(timing) = MetadataValue::try_from(timing) {
+    if let Ok(mut timing) = MetadataValue::try_from(timing) {
+        timing.set_sensitive(true);
         answer.metadata_mut().insert(common::SERVER_TIMING, timing);
     }
     answer

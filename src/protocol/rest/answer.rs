@@ -73,7 +73,7 @@ pub(super) async fn write(app: &App, response: InferResponse, wanted: Wanted, ac
 
     let mut headers = HeaderMap::with_capacity(MOST_HEADERS);
     if let Ok(timing) = HeaderValue::try_from(timing) {
-        headers.insert(common::SERVER_TIMING, timing);
+        headers.insert(common::SERVER_TIMING, common::passing(timing));
     }
     headers.insert(CONTENT_TYPE, if written.json_length.is_some() { OCTETS } else { JSON });
     headers.insert(VARY, HeaderValue::from_static(ACCEPT_ENCODING.as_str()));
