@@ -4,7 +4,8 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::{Info, Monitor, VersionMonitor, lock, names};
+use super::pending::Executed;
+use super::{Info, Monitor, VersionMonitor, names};
 use crate::error::Kind;
 use crate::request::{Phase, PredictionId, Protocol, Timings, VersionId};
 
@@ -31,14 +32,11 @@ impl RequestFinished<'_> {
             }
             (Some(_), Ok(_)) if !monitor.measures => {}
             (Some(version), Ok(timings)) => {
-                version.handles.requests(protocol, None).increment(1);
-                version.handles.request_duration(protocol).record(duration.as_secs_f64());
-                version.handles.queue_duration().record(timings.queue.as_secs_f64());
-                lock(&version.statistics).answered(duration, timings);
+                version.pending.answered(&version.handles, protocol, duration, timings);
             }
             (Some(version), Err(kind)) => {
                 version.handles.requests(protocol, Some(kind)).increment(1);
-                lock(&version.statistics).failed(duration);
+                version.pending.failed(duration);
                 if kind == Kind::Internal {
                     tracing::error!(
                         model = %version.model, version = %version.version, %prediction,
@@ -92,23 +90,10 @@ impl BatchExecuted<'_> {
         if !version.measures {
             return;
         }
-        let handles = &version.handles;
-        handles.executions.increment(1);
-        if failed {
-            handles.execution_failures.increment(1);
-        } else {
-            handles.inferences.increment(rows as u64);
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-            lock(&version.statistics).executed(rows, [input, gather_and_compute, split], now_ms);
-        }
-        handles.batch_size().record(rows as f64);
-        if data > 0 {
-            let [sent, filled] = handles.positions();
-            sent.increment(data as u64);
-            filled.increment(padding as u64);
-        }
-        handles.infer_duration().record(gather_and_compute.as_secs_f64());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        let (positions, phases) = ([data, padding], [input, gather_and_compute, split]);
+        version.pending.executed(&version.handles, Executed { rows, positions, phases, failed }, now_ms);
         tracing::trace!(
             model = %version.model, version = %version.version, requests, rows, padding, failed,
             gather_and_compute_us = gather_and_compute.as_micros(), split_us = split.as_micros(), "batch executed"

@@ -9,14 +9,15 @@
 //! distributions, and the statistics that protocols tell) lives in its [`VersionMonitor`] and vanishes with it. Memory
 //! stays flat without scrapes as long as [`Monitor::upkeep`] is called.
 //!
-//! Threads: everything may be called from anywhere. Recording takes no lock but those of an output's distribution and
-//! of a version's statistics, which are held for a few additions.
+//! Threads: everything may be called from anywhere. Recording takes no lock but those of an output's distribution, which is
+//! held for a few additions, and of a thread's own share of what is told of a version.
 
 mod distribution;
 pub mod events;
 mod export;
 mod latency;
 pub mod names;
+mod pending;
 mod process;
 mod statistics;
 
@@ -35,6 +36,7 @@ use export::{Exporter, Family, Number};
 use latency::{Handles, PROTOCOLS};
 use names::{MAX_LABELLED_VERSIONS, MAX_MONITORED_OUTPUTS, OTHER};
 
+use pending::Pending;
 pub use process::cpu_seconds;
 pub use statistics::{Compute, Statistics, Total};
 
@@ -90,6 +92,7 @@ impl Monitor {
 
     /// The text of `/metrics`, in Prometheus' text format 0.0.4.
     pub fn render(&self) -> String {
+        self.hand_on();
         let mut out = self.exporter.render();
         let versions = self.shown();
         write_versions(&mut out, &versions);
@@ -101,7 +104,13 @@ impl Monitor {
 
     /// Folds what histograms have collected; called every few seconds by the observation thread, scraped or not.
     pub fn upkeep(&self) {
+        self.hand_on();
         self.exporter.upkeep();
+    }
+
+    fn hand_on(&self) {
+        let live: Vec<Arc<VersionMonitor>> = lock(&self.live).iter().filter_map(Weak::upgrade).collect();
+        live.iter().for_each(|version| version.pending.hand_on(&version.handles));
     }
 
     /// Handles and accumulators for one version. `outputs` are those of the signature, in its order. Dropping the last
@@ -130,7 +139,7 @@ impl Monitor {
             run_threads: AtomicUsize::new(0),
             ready: AtomicBool::new(false),
             info: Mutex::default(),
-            statistics: Mutex::default(),
+            pending: Pending::default(),
         });
         let mut live = lock(&self.live);
         live.retain(|version| version.strong_count() > 0);
@@ -199,7 +208,7 @@ pub struct VersionMonitor {
     run_threads: AtomicUsize,
     ready: AtomicBool,
     info: Mutex<Option<Info>>,
-    statistics: Mutex<Statistics>,
+    pending: Pending,
 }
 
 /// What a load found out.
@@ -226,7 +235,7 @@ impl VersionMonitor {
 
     /// Counts and durations since it was loaded, as of one moment.
     pub fn statistics(&self) -> Statistics {
-        lock(&self.statistics).clone()
+        self.pending.statistics()
     }
 
     fn is_ready(&self) -> bool {
@@ -239,6 +248,12 @@ impl VersionMonitor {
 
     fn snapshots(&self) -> impl Iterator<Item = Snapshot<'_>> {
         self.outputs.iter().map(|output| Snapshot { version: self, output, distribution: output.snapshot() })
+    }
+}
+
+impl Drop for VersionMonitor {
+    fn drop(&mut self) {
+        self.pending.hand_on(&self.handles);
     }
 }
 
@@ -651,6 +666,50 @@ mod tests {
         assert_eq!(series("tidegate_prediction_value_count"), 8000.0);
         assert_eq!(series("tidegate_prediction_value_sum"), 12000.0);
         assert_eq!(series("tidegate_prediction_value_squares_total"), 20000.0);
+    }
+
+    #[test]
+    fn what_threads_tell_side_by_side_is_counted_once_and_outlives_the_version() {
+        const THREADS: usize = 12;
+        const EACH: usize = 1000;
+        let monitor = Monitor::new();
+        let version = monitor.version("m".into(), id(1), vec![]);
+        let answer = |_| {
+            execute(&version, 2, false);
+            let timings = Timings { queue: Duration::from_millis(2), ..Timings::default() };
+            let (version, prediction, protocol) = (Some(&*version), PredictionId(1), Protocol::Http);
+            let (outcome, duration) = (Ok(&timings), Duration::from_millis(3));
+            RequestFinished { version, prediction, protocol, outcome, duration }.emit(&monitor);
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| (0..EACH).for_each(answer));
+            }
+            let (mut before, count) =
+                (0.0, "tidegate_requests_total{model=\"m\",version=\"1\",protocol=\"http\",outcome=\"ok\"}");
+            for _ in 0..20 {
+                let now = parse(&monitor.render())[count];
+                assert!(now >= before, "{now} after {before}");
+                before = now;
+            }
+        });
+        let all = (THREADS * EACH) as u64;
+        let statistics = version.statistics();
+        assert_eq!((statistics.executions, statistics.inferences, statistics.success.count), (all, 2 * all, all));
+        // Not shown yet: too few for a share to be handed on by itself.
+        answer(0);
+        drop(version);
+        let samples = parse(&monitor.render());
+        let labels = "model=\"m\",version=\"1\"";
+        for (series, expected) in [
+            (format!("tidegate_requests_total{{{labels},protocol=\"http\",outcome=\"ok\"}}"), all + 1),
+            (format!("tidegate_request_duration_seconds_count{{{labels},protocol=\"http\"}}"), all + 1),
+            (format!("tidegate_queue_duration_seconds_count{{{labels}}}"), all + 1),
+            (format!("tidegate_executions_total{{{labels}}}"), all + 1),
+            (format!("tidegate_batch_size_sum{{{labels}}}"), 2 * (all + 1)),
+        ] {
+            assert_eq!(samples.get(&series), Some(&(expected as f64)), "{series} in {samples:#?}");
+        }
     }
 
     #[test]

@@ -23,6 +23,11 @@ impl Total {
         self.count += 1;
         self.ns = self.ns.saturating_add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX));
     }
+
+    fn merge(&mut self, other: Total) {
+        self.count += other.count;
+        self.ns = self.ns.saturating_add(other.ns);
+    }
 }
 
 /// One execution's phases: before the engine, the engine (which gathers its inputs itself), after it.
@@ -38,6 +43,12 @@ impl Compute {
         self.input.add(input);
         self.infer.add(infer);
         self.output.add(output);
+    }
+
+    fn merge(&mut self, other: &Compute) {
+        self.input.merge(other.input);
+        self.infer.merge(other.infer);
+        self.output.merge(other.output);
     }
 }
 
@@ -77,9 +88,30 @@ impl Statistics {
         self.last_inference_ms = self.last_inference_ms.max(now_ms);
         self.inferences += rows as u64;
         self.executions += 1;
-        if self.batches.len() < MAX_BATCH_SIZES || self.batches.contains_key(&rows) {
-            self.batches.entry(rows).or_default().add(input, infer, output);
+        if let Some(batches) = self.of_size(rows) {
+            batches.add(input, infer, output);
         }
+    }
+
+    /// Those that another thread counted.
+    pub(super) fn merge(&mut self, other: &Statistics) {
+        self.last_inference_ms = self.last_inference_ms.max(other.last_inference_ms);
+        self.inferences += other.inferences;
+        self.executions += other.executions;
+        self.success.merge(other.success);
+        self.fail.merge(other.fail);
+        self.queue.merge(other.queue);
+        self.compute.merge(&other.compute);
+        for (rows, compute) in &other.batches {
+            if let Some(batches) = self.of_size(*rows) {
+                batches.merge(compute);
+            }
+        }
+    }
+
+    fn of_size(&mut self, rows: usize) -> Option<&mut Compute> {
+        let counted = self.batches.len() < MAX_BATCH_SIZES || self.batches.contains_key(&rows);
+        counted.then(|| self.batches.entry(rows).or_default())
     }
 }
 
@@ -115,6 +147,11 @@ mod tests {
             (3, Compute { input: total(2, 2), infer: total(2, 50), output: total(2, 6) }),
         ];
         assert_eq!(statistics.batches, batches.into());
+        let mut sum = statistics.clone();
+        sum.merge(&statistics);
+        assert_eq!((sum.inferences, sum.executions, sum.last_inference_ms), (14, 6, 1100));
+        assert_eq!((sum.success, sum.fail, sum.queue), (total(4, 180), total(2, 14), total(4, 20)));
+        assert_eq!((sum.compute.infer, sum.batches[&3].infer), (total(4, 80), total(4, 100)));
     }
 
     #[test]
