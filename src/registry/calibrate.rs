@@ -22,9 +22,8 @@ pub const BUDGET: Duration = Duration::from_millis(150);
 const MOST_RUNS: u32 = 16;
 const ENOUGH_TIME: Duration = Duration::from_millis(2);
 const LEAST_RUNS: u32 = 2;
-/// Of a run on all cores and one on one: a neighbour on any core disturbs the first.
-const LEAST_PAIRS: u32 = 7;
-const ENOUGH_PAIRED: Duration = Duration::from_millis(30);
+/// Of runs on all cores and on one: a neighbour on any core disturbs the first.
+const PAIRS: u32 = 3;
 /// Of such pairs, where they show no gain.
 const TRIES: u32 = 3;
 /// How far two timings of one size may lie apart and still agree.
@@ -196,6 +195,8 @@ fn alike(one: Duration, other: Duration) -> bool {
 pub struct Verdict {
     /// Empty where that is no layout of the version's.
     pub samples: Vec<Sample>,
+    /// Those that speak against it, where nothing else does.
+    pub disputed: Vec<Sample>,
     /// Why it is one, or is none.
     pub reason: String,
     /// Whether the runs on one core beside them took what they took before; `None` where none was timed.
@@ -204,18 +205,28 @@ pub struct Verdict {
 
 impl Verdict {
     fn off(reason: String, agree: Option<bool>) -> Verdict {
-        Verdict { samples: Vec::new(), reason: format!("off: {reason}"), agree }
+        Verdict { samples: Vec::new(), disputed: Vec::new(), reason: format!("off: {reason}"), agree }
+    }
+
+    /// Something may have been in the way: then a time that is too long says little, and requests will tell.
+    pub fn doubted(self) -> Verdict {
+        if self.disputed.is_empty() {
+            return self;
+        }
+        let Verdict { samples: _, disputed, reason, agree } = self;
+        let reason =
+            format!("on until requests tell, since other loads were under way: {}", reason.trim_start_matches("off: "));
+        Verdict { samples: disputed, disputed: Vec::new(), reason, agree }
     }
 }
 
 /// Times one row on all cores, where it takes long enough on one. The two take turns: what disturbs one of them for a
 /// while disturbs the other, too.
 pub fn wide(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe, one_core: &mut Probe) -> Verdict {
-    let end = probe.spent() + one_core.spent() + BUDGET;
     let (mut samples, mut best, mut agree) = (Vec::new(), None::<(f64, Sample)>, None);
-    let tolerance = Tolerance::of(sizes.signature);
+    let (mut end, tolerance) = (Duration::MAX, Tolerance::of(sizes.signature));
     for sample in narrow.iter().filter(|sample| sample.rows == 1 && sample.compute >= WORTH_SPREADING) {
-        let all_runs = 2 * (LEAST_PAIRS + 1);
+        let all_runs = 2 * (1 + PAIRS);
         if !samples.is_empty() && probe.spent() + one_core.spent() + all_runs * sample.compute > end {
             break;
         }
@@ -233,9 +244,15 @@ pub fn wide(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe, one_core: &mut 
             }
             Err(why) => return Verdict::off(format!("a run on all cores fails: {why}"), Some(true)),
         };
-        let left = end.saturating_sub(probe.spent() + one_core.spent());
-        let tries = if samples.is_empty() { TRIES } else { 1 };
-        if let Ok(Some(Paired { gain, spread, alone })) = best_of(tries, &row, left, probe, one_core) {
+        // The first one decides. What takes long is disturbed less.
+        let timed = match samples.is_empty() && TRIES * all_runs * sample.compute <= BUDGET {
+            true => best_of(TRIES, &row, probe, one_core),
+            false => paired(&row, probe, one_core, |row, probe| once(&[row], probe)),
+        };
+        if samples.is_empty() {
+            end = probe.spent() + one_core.spent() + BUDGET;
+        }
+        if let Ok(Some(Paired { gain, spread, alone })) = timed {
             agree = Some(agree.unwrap_or(true) && alike(alone, sample.compute));
             samples.push(Sample { compute: spread, ..*sample });
             if best.is_none_or(|(most, _)| gain > most) {
@@ -249,9 +266,10 @@ pub fn wide(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe, one_core: &mut 
             let at = of_length(sample.length);
             let told = format!("a row{at} takes 1/{gain:.2} of its time on one");
             if gain < GAIN {
-                return Verdict::off(format!("on all cores, {told}; expected 1/{GAIN} or less"), agree);
+                let reason = format!("on all cores, {told}; expected 1/{GAIN} or less");
+                return Verdict { disputed: samples, ..Verdict::off(reason, agree) };
             }
-            Verdict { samples, reason: format!("on: on all cores, {told}"), agree }
+            Verdict { samples, disputed: Vec::new(), reason: format!("on: on all cores, {told}"), agree }
         }
     }
 }
@@ -266,16 +284,10 @@ struct Paired {
 }
 
 /// A neighbour on any core takes the gain away, and none can give it: the first of them that shows one, or the best.
-fn best_of(
-    tries: u32,
-    row: &[Tensor],
-    most: Duration,
-    probe: &mut Probe,
-    one_core: &mut Probe,
-) -> Result<Option<Paired>, String> {
+fn best_of(tries: u32, row: &[Tensor], probe: &mut Probe, one_core: &mut Probe) -> Result<Option<Paired>, String> {
     let mut best = None::<Paired>;
     for _ in 0..tries {
-        let Some(found) = paired(row, most, probe, one_core)? else { continue };
+        let Some(found) = paired(row, probe, one_core, in_a_row)? else { continue };
         if best.as_ref().is_none_or(|best| found.gain > best.gain) {
             best = Some(found);
         }
@@ -286,24 +298,32 @@ fn best_of(
     Ok(best)
 }
 
-/// None is begun after `most` but for the least; `None` where all were disturbed.
-fn paired(row: &[Tensor], most: Duration, probe: &mut Probe, one_core: &mut Probe) -> Result<Option<Paired>, String> {
-    let begun = probe.spent() + one_core.spent();
-    let mut pairs: Vec<(Duration, Duration)> = Vec::new();
-    for run in 0..MOST_RUNS {
-        if run >= LEAST_PAIRS && probe.spent() + one_core.spent() - begun > most.min(ENOUGH_PAIRED) {
-            break;
-        }
-        if let (Some(spread), Some(alone)) = (once(&[row], probe)?, once(&[row], one_core)?) {
-            pairs.push((spread, alone));
+/// `None` where all were disturbed.
+fn paired(
+    row: &[Tensor],
+    probe: &mut Probe,
+    one_core: &mut Probe,
+    time: impl Fn(&[Tensor], &mut Probe) -> Result<Option<Duration>, String>,
+) -> Result<Option<Paired>, String> {
+    let mut found: Vec<(Duration, Duration)> = Vec::new();
+    for _ in 0..PAIRS {
+        if let (Some(spread), Some(alone)) = (time(row, probe)?, time(row, one_core)?) {
+            found.push((spread, alone));
         }
     }
     let ratio = |(spread, alone): &(Duration, Duration)| alone.as_secs_f64() / spread.as_secs_f64().max(1e-9);
-    let mut gains: Vec<f64> = pairs.iter().map(ratio).collect();
+    let mut gains: Vec<f64> = found.iter().map(ratio).collect();
     gains.sort_by(f64::total_cmp);
-    let shortest = |of: fn(&(Duration, Duration)) -> Duration| pairs.iter().map(of).min();
+    let shortest = |of: fn(&(Duration, Duration)) -> Duration| found.iter().map(of).min();
     let both = shortest(|pair| pair.0).zip(shortest(|pair| pair.1));
     Ok(both.map(|(spread, alone)| Paired { gain: gains[gains.len() / 2], spread, alone }))
+}
+
+/// The shortest of a few, but for the first, which finds the other layout's weights in the caches.
+fn in_a_row(row: &[Tensor], probe: &mut Probe) -> Result<Option<Duration>, String> {
+    probe.run(&[row])?;
+    let runs = (0..LEAST_RUNS).map(|_| once(&[row], probe)).collect::<Result<Vec<_>, _>>()?;
+    Ok(runs.into_iter().flatten().min())
 }
 
 /// What one run took; `None` where it had to wait for a core.

@@ -28,7 +28,7 @@ use super::{declared, ragged, view, warmup};
 use crate::backend::safetensors::{self, Declared};
 use crate::backend::{Artifact, Description, Device, LoadError, LoadOptions, Model, onnx};
 use crate::monitor::{Monitor, MonitoredOutput};
-use crate::scheduler::{self, DEFAULT_PREFERRED_ROWS, Gate, Group, Scheduler};
+use crate::scheduler::{self, DEFAULT_PREFERRED_ROWS, Gate, Group, Sample, Scheduler, rows_at_first};
 use crate::tensor::{Dim, OutputKind, Signature, Tensor, TensorSpec};
 
 /// Longest file of class names, in bytes, and the most names in it.
@@ -292,19 +292,6 @@ impl Loader {
         let preferred_rows = max_batch_size.map_or(preferred_rows, |max| preferred_rows.min(max));
         let most_rows = batching.enabled.then(|| max_batch_size.unwrap_or(preferred_rows));
         let mut warm_ups = WarmUps { folder: &found.folder, signature: &signature, most_rows, left: warmup::BUDGET };
-        let mut goldens = None;
-        for probe in &mut probes {
-            self.timing.give_way();
-            let refused = warm_up(probe, &signature, &batching, preferred_rows);
-            warnings.extend(refused.filter(|warning| !warnings.contains(warning)));
-            declared_warm_ups(config, &mut warm_ups, probe)?;
-            if config.goldens_on_load || compare == CompareGoldens::IfThere {
-                goldens = check_goldens(found, probe)?;
-            }
-        }
-        if config.goldens_on_load && goldens.is_none() {
-            return Err(Failure::Golden("is not there".into()));
-        }
         let timed: Vec<Timed> = devices
             .iter()
             .zip(&mut probes)
@@ -315,6 +302,19 @@ impl Loader {
                 self.timing.time(&Subject { site, config, digest, placed, sizes, gate }, probe)
             })
             .collect();
+        let mut goldens = None;
+        for (probe, timed) in probes.iter_mut().zip(&timed) {
+            self.timing.give_way();
+            let refused = warm_up(probe, &signature, &batching, filled_up_to(config, preferred_rows, &timed.costs));
+            warnings.extend(refused.filter(|warning| !warnings.contains(warning)));
+            declared_warm_ups(config, &mut warm_ups, probe)?;
+            if config.goldens_on_load || compare == CompareGoldens::IfThere {
+                goldens = check_goldens(found, probe)?;
+            }
+        }
+        if config.goldens_on_load && goldens.is_none() {
+            return Err(Failure::Golden("is not there".into()));
+        }
         let told = |of: fn(&Timed) -> &String| {
             let on_cpu = timed.iter().map(of).find(|told| !told.is_empty());
             on_cpu.cloned().unwrap_or_else(|| "not on a GPU".into())
@@ -493,14 +493,15 @@ fn classes(spec: &TensorSpec, kind: OutputKind) -> Option<usize> {
     }
 }
 
+/// What a batch will be filled up to at first: more would take memory that may never be needed again.
+fn filled_up_to(config: &ModelConfig, preferred_rows: usize, costs: &[Sample]) -> usize {
+    let tuned = config.batching.tune.unwrap_or(scheduler::Config::default().tuned);
+    if tuned && !costs.is_empty() { rows_at_first(preferred_rows, costs) } else { preferred_rows }
+}
+
 /// Runs an invented row, and a full batch where there will be batches. A refusal is worth a warning only: many models
 /// refuse what is made up.
-fn warm_up(
-    probe: &mut Probe,
-    signature: &Signature,
-    batching: &BatchDecision,
-    preferred_rows: usize,
-) -> Option<String> {
+fn warm_up(probe: &mut Probe, signature: &Signature, batching: &BatchDecision, rows: usize) -> Option<String> {
     let before = probe.spent();
     let mut refusal = None;
     for extent in invent::extents(signature) {
@@ -513,11 +514,9 @@ fn warm_up(
         };
         match run(probe, 1) {
             Ok(one) => {
-                let rows = u32::try_from(preferred_rows).unwrap_or(u32::MAX);
-                if batching.enabled && one.saturating_mul(rows) <= WARM_UP_BUDGET {
-                    return run(probe, preferred_rows)
-                        .err()
-                        .map(|why| format!("warm-up: a full batch is refused: {why}"));
+                let all = one.saturating_mul(u32::try_from(rows).unwrap_or(u32::MAX));
+                if batching.enabled && all <= WARM_UP_BUDGET {
+                    return run(probe, rows).err().map(|why| format!("warm-up: a full batch is refused: {why}"));
                 }
                 return None;
             }

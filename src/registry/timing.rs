@@ -13,7 +13,7 @@ use crate::backend::Device;
 use crate::scheduler::{Gate, Sample, Wide};
 
 /// How long a timing waits for other loads to step aside; none that meets another counts by itself.
-const PATIENCE: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_secs(1);
 
 pub struct Timing {
     on: bool,
@@ -203,7 +203,9 @@ impl Subject<'_> {
         };
         let turn = timing.turn();
         let verdict = calibrate::wide(&self.sizes, &calibration.narrow, &mut spread, probe);
-        let certain = verdict.agree.is_some_and(|agree| agree || alone && turn.was_alone());
+        let alone = alone && turn.was_alone();
+        let certain = verdict.agree.is_some_and(|agree| alone || agree && verdict.disputed.is_empty());
+        let verdict = if alone { verdict } else { verdict.doubted() };
         drop(turn);
         (calibration.wide, calibration.wide_reason) = (verdict.samples, verdict.reason);
         let wide =

@@ -66,26 +66,41 @@ impl Quickness {
 }
 
 /// Whether requests come so fast that it pays to collect them.
-#[derive(Default)]
 pub(super) struct Pace {
-    /// Requests that ran at once since others were last looked for; [`LOOKED_FOR_AFTER`] while it pays.
+    /// Requests that ran at once since others were last looked for; as many as `patience` while it pays.
     alone: AtomicU32,
+    /// Requests until the next look: more after each that found nobody.
+    patience: AtomicU32,
 }
 
 /// Looking for others costs a turn of the thread's scheduler.
-const LOOKED_FOR_AFTER: u32 = 32;
+const LEAST_PATIENCE: u32 = 32;
+const MOST_PATIENCE: u32 = 512;
 /// Requests in a batch that pay for queueing them and waking their callers.
 const WORTH_COLLECTING: usize = 3;
 
+impl Default for Pace {
+    fn default() -> Pace {
+        Pace { alone: AtomicU32::new(0), patience: AtomicU32::new(LEAST_PATIENCE) }
+    }
+}
+
 impl Pace {
     fn collects(&self) -> bool {
-        let alone = self.alone.load(Ordering::Relaxed);
-        self.alone.store((alone + 1).min(LOOKED_FOR_AFTER), Ordering::Relaxed);
-        alone >= LOOKED_FOR_AFTER
+        let (alone, patience) = (self.alone.load(Ordering::Relaxed), self.patience.load(Ordering::Relaxed));
+        self.alone.store((alone + 1).min(patience), Ordering::Relaxed);
+        alone >= patience
     }
 
     pub(super) fn collected(&self, requests: usize) {
-        let alone = if requests >= WORTH_COLLECTING { LOOKED_FOR_AFTER } else { 0 };
+        let before = self.patience.load(Ordering::Relaxed);
+        let (alone, patience) = match requests {
+            WORTH_COLLECTING.. => (LEAST_PATIENCE, LEAST_PATIENCE),
+            // Company that does not pay yet.
+            2 => (0, LEAST_PATIENCE),
+            _ => (0, (before * 2).min(MOST_PATIENCE)),
+        };
+        self.patience.store(patience, Ordering::Relaxed);
         self.alone.store(alone, Ordering::Relaxed);
     }
 }
@@ -217,6 +232,21 @@ impl Drop for Turn<'_> {
 mod tests {
     use super::*;
     use crate::scheduler::DEFAULT_LONGEST_INLINE;
+
+    #[test]
+    fn others_are_looked_for_more_seldom_where_none_come() {
+        let pace = Pace::default();
+        let until_the_next_look = || (0..).take_while(|_| !pace.collects()).count();
+        for expected in [32, 64, 128, 256, 512, 512] {
+            assert_eq!(until_the_next_look(), expected);
+            pace.collected(1);
+        }
+        assert_eq!(until_the_next_look(), 512);
+        pace.collected(WORTH_COLLECTING);
+        assert_eq!([until_the_next_look(), until_the_next_look()], [0, 0], "as long as it pays");
+        pace.collected(2);
+        assert_eq!(until_the_next_look(), 32);
+    }
 
     #[test]
     fn a_size_is_judged_by_its_slow_runs_until_they_are_long_past() {

@@ -226,6 +226,12 @@ impl Limits {
     }
 }
 
+/// Rows that batches of a tuned version are filled up to at first, of the shortest sequences that were timed.
+pub fn rows_at_first(most: usize, costs: &[Sample]) -> usize {
+    let shortest = costs.first().and_then(|sample| sample.length);
+    Limits::new(most, true, None, costs).in_force(shortest)
+}
+
 fn sizes(most: usize) -> impl Iterator<Item = usize> {
     std::iter::successors(Some(1), |rows| Some(size(rows + 1))).take_while(move |rows| *rows <= most)
 }

@@ -55,7 +55,7 @@ use worker::{Positions, Worker, blame};
 
 pub use cost::Sample;
 pub use gate::{Account, Gate};
-pub use limit::LatencyGoal;
+pub use limit::{LatencyGoal, rows_at_first};
 pub use threads::{MAX_COPIED_WEIGHTS_BYTES, Reason, ThreadPlan, Wish};
 
 pub const DEFAULT_PREFERRED_ROWS: usize = 32;
