@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::request::Timings;
 
-/// Batch sizes that are counted apart; executions of sizes first seen later are in the totals only.
+/// Batch sizes that are counted apart, by each thread and in what is told; executions of other sizes are in the totals only.
 const MAX_BATCH_SIZES: usize = 128;
 
 /// So many, and how long they took together.

@@ -496,7 +496,7 @@ fn classes(spec: &TensorSpec, kind: OutputKind) -> Option<usize> {
 /// What a batch will be filled up to at first: more would take memory that may never be needed again.
 fn filled_up_to(config: &ModelConfig, preferred_rows: usize, costs: &[Sample]) -> usize {
     let tuned = config.batching.tune.unwrap_or(scheduler::Config::default().tuned);
-    if tuned && !costs.is_empty() { rows_at_first(preferred_rows, costs) } else { preferred_rows }
+    if tuned { rows_at_first(preferred_rows, costs) } else { preferred_rows }
 }
 
 /// Runs an invented row, and a full batch where there will be batches. A refusal is worth a warning only: many models

@@ -23,7 +23,7 @@ use super::calibrate::Calibration;
 use crate::scheduler::Sample;
 
 /// Of what is kept, in a key.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// The most files that are kept, and bytes of one. Those not used for longest go, when a start of the server first writes.
 const MAX_ENTRIES: usize = 1024;
 const MAX_BYTES: u64 = 64 << 10;

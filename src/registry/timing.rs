@@ -12,8 +12,11 @@ use super::view;
 use crate::backend::Device;
 use crate::scheduler::{Gate, Sample, Wide};
 
-/// How long a timing waits for other loads to step aside; none that meets another counts by itself.
+/// How long a timing waits for other loads to step aside, once for each that does not; none that meets another counts by
+/// itself.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a load steps aside. A model of slow runs may be timed for longer, and an engine may hang.
+const STEPS_ASIDE: Duration = Duration::from_secs(2);
 
 pub struct Timing {
     on: bool,
@@ -31,6 +34,8 @@ pub struct Timing {
 struct Loads {
     busy: usize,
     begun: u64,
+    /// Of the busy ones, those that were waited for in vain.
+    stuck: usize,
     /// One is timed, or about to be.
     timed: bool,
 }
@@ -54,7 +59,10 @@ struct Turn<'a> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        self.timing.loads().timed = false;
+        let mut loads = self.timing.loads();
+        loads.timed = false;
+        loads.busy += 1;
+        drop(loads);
         self.timing.changed.notify_all();
     }
 }
@@ -112,10 +120,10 @@ impl Timing {
         self.loads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Once none is timed.
+    /// Once none is timed, as a rule.
     fn resume(&self) {
-        let waited = self.changed.wait_while(self.loads(), |loads| loads.timed);
-        let mut loads = waited.unwrap_or_else(PoisonError::into_inner);
+        let waited = self.changed.wait_timeout_while(self.loads(), STEPS_ASIDE, |loads| loads.timed);
+        let (mut loads, _) = waited.unwrap_or_else(PoisonError::into_inner);
         loads.busy += 1;
         loads.begun += 1;
     }
@@ -123,6 +131,7 @@ impl Timing {
     fn pause(&self) {
         let mut loads = self.loads();
         loads.busy = loads.busy.saturating_sub(1);
+        loads.stuck = loads.stuck.min(loads.busy);
         self.changed.notify_all();
     }
 
@@ -131,11 +140,10 @@ impl Timing {
         self.pause();
         let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.loads().timed = true;
-        let waited = self.changed.wait_timeout_while(self.loads(), PATIENCE, |loads| loads.busy > 0);
+        let waited = self.changed.wait_timeout_while(self.loads(), PATIENCE, |loads| loads.busy > loads.stuck);
         let (mut loads, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let alone = loads.busy == 0;
-        loads.busy += 1;
-        loads.begun += 1;
+        loads.stuck = loads.busy;
         Turn { timing: self, _turn: turn, quiet: alone.then_some(loads.begun) }
     }
 
@@ -203,9 +211,9 @@ impl Subject<'_> {
         };
         let turn = timing.turn();
         let verdict = calibrate::wide(&self.sizes, &calibration.narrow, &mut spread, probe);
-        let alone = alone && turn.was_alone();
-        let certain = verdict.agree.is_some_and(|agree| alone || agree && verdict.disputed.is_empty());
-        let verdict = if alone { verdict } else { verdict.doubted() };
+        let quiet = alone && turn.was_alone() && verdict.agree != Some(false);
+        let certain = verdict.agree.is_some_and(|agree| quiet || agree && verdict.disputed.is_empty());
+        let verdict = if quiet { verdict } else { verdict.doubted() };
         drop(turn);
         (calibration.wide, calibration.wide_reason) = (verdict.samples, verdict.reason);
         let wide =
@@ -287,5 +295,21 @@ mod tests {
             drop(turn);
             assert_eq!(said.recv(), Ok("went on"));
         });
+    }
+
+    #[test]
+    fn one_that_does_not_step_aside_is_waited_for_once() {
+        let timing = Timing::new(false, None, 1);
+        let (_timed, stubborn) = (timing.under_way(), timing.under_way());
+        let first = timing.turn();
+        assert!(!first.was_alone());
+        drop(first);
+        assert_eq!(timing.loads().stuck, 1);
+        let second = timing.turn();
+        assert!(!second.was_alone());
+        drop(stubborn);
+        assert_eq!(timing.loads().stuck, 0);
+        drop(second);
+        assert!(timing.turn().was_alone());
     }
 }

@@ -98,7 +98,9 @@ impl Pace {
             WORTH_COLLECTING.. => (LEAST_PATIENCE, LEAST_PATIENCE),
             // Company that does not pay yet.
             2 => (0, LEAST_PATIENCE),
-            _ => (0, (before * 2).min(MOST_PATIENCE)),
+            1 => (0, (before * 2).min(MOST_PATIENCE)),
+            // A worker was there first.
+            0 => (0, before),
         };
         self.patience.store(patience, Ordering::Relaxed);
         self.alone.store(alone, Ordering::Relaxed);
@@ -245,7 +247,11 @@ mod tests {
         pace.collected(WORTH_COLLECTING);
         assert_eq!([until_the_next_look(), until_the_next_look()], [0, 0], "as long as it pays");
         pace.collected(2);
-        assert_eq!(until_the_next_look(), 32);
+        for requests in [0, 0, 1] {
+            assert_eq!(until_the_next_look(), 32);
+            pace.collected(requests);
+        }
+        assert_eq!(until_the_next_look(), 64);
     }
 
     #[test]

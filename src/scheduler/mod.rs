@@ -64,8 +64,10 @@ pub const DEFAULT_MAX_QUEUE_BYTES: usize = 512 << 20;
 pub const DEFAULT_LINGER: Duration = Duration::from_secs(10);
 /// A run on several threads takes less than this part of the time of one on fewer, or it is not worth their cores.
 const WIDE_SAVES: f64 = 0.95;
-/// Of so many lone runs one is made in the layout that seems slower: what was measured at load may have been disturbed.
-const LONE_TRIAL: u32 = 256;
+/// Lone runs until one is made in the layout that seems slower, since what was measured at load may have been disturbed.
+/// Each trial doubles them, and a layout that turns out to be faster begins anew.
+const FIRST_TRIAL: u32 = 8;
+const MOST_UNTIL_TRIAL: u32 = 8192;
 /// A thread's other connections wait for such a run.
 pub const DEFAULT_LONGEST_INLINE: Duration = Duration::from_micros(50);
 
@@ -217,7 +219,35 @@ struct WideSlot {
     instance: Option<Box<dyn Instance>>,
     cores: usize,
     costs: CostModel,
-    lone_runs: u32,
+    trials: Trials,
+}
+
+/// When a lone run is made in the layout that seems slower.
+struct Trials {
+    /// The layout on all cores seemed the faster one.
+    pays: bool,
+    interval: u32,
+    left: u32,
+}
+
+impl Trials {
+    fn new() -> Trials {
+        Trials { pays: true, interval: FIRST_TRIAL, left: FIRST_TRIAL }
+    }
+
+    /// For a lone run, whether it is one.
+    fn due(&mut self, pays: bool) -> bool {
+        if pays != std::mem::replace(&mut self.pays, pays) {
+            *self = Trials { pays, ..Trials::new() };
+        }
+        self.left -= 1;
+        if self.left > 0 {
+            return false;
+        }
+        self.interval = (self.interval * 2).min(MOST_UNTIL_TRIAL);
+        self.left = self.interval;
+        true
+    }
 }
 
 /// A group's places for instances, and what its workers are at.
@@ -305,8 +335,8 @@ impl State {
         self.limits[group].seal(&queued)
     }
 
-    /// The group's wide instance and its threads, if that answers this job sooner: it is the only one here, and was for
-    /// two such runs. Whoever is second would wait for all cores at once.
+    /// The group's wide instance and its threads, if that answers this job sooner, or is to be tried: it is the only one
+    /// here, and was for two such runs. Whoever is second would wait for all cores at once.
     fn take_wide(&mut self, group: usize, job: &Job, now: Instant) -> Option<(Box<dyn Instance>, usize)> {
         if !self.is_alone() {
             return None;
@@ -318,9 +348,8 @@ impl State {
         if !alone {
             return None;
         }
-        wide.lone_runs = wide.lone_runs.wrapping_add(1);
         let pays = expected < narrow.mul_f64(WIDE_SAVES);
-        let trial = wide.lone_runs.is_multiple_of(LONE_TRIAL);
+        let trial = wide.trials.due(pays);
         Some((wide.instance.take_if(|_| pays != trial)?, wide.cores))
     }
 
@@ -381,7 +410,7 @@ impl Scheduler {
                 instance: Some(instance),
                 cores,
                 costs: CostModel::new(&costs),
-                lone_runs: 0,
+                trials: Trials::new(),
             }));
             engines.push(Engine { model, cores, work: Condvar::new(), filling: Condvar::new() });
             instances.push((place, instance));

@@ -38,6 +38,9 @@ fn a_batch_grows_as_long_as_that_pays() {
 fn sizes_that_nobody_knows_are_entered_a_doubling_at_a_time() {
     assert_eq!(limits(&[]).in_force(None), 32, "nothing is known");
     assert_eq!(limits(&[(1, 10.0)]).in_force(None), 2);
+    let sample = |length, rows, ms| Sample { rows, length: Some(length), compute: MS * ms };
+    assert_eq!(rows_at_first(32, &[sample(16, 1, 10), sample(64, 1, 20), sample(64, 2, 20)]), 2, "of the shortest");
+    assert_eq!(rows_at_first(32, &[]), 32);
     assert_eq!(limits(&[(1, 10.0), (2, 12.0)]).in_force(None), 4);
     assert_eq!(limits(&[(1, 10.0), (2, 20.0)]).in_force(None), 1, "it did not pay, and would make others wait");
     assert_eq!(limits(&[(1, 1.0), (2, 2.0)]).in_force(None), 4, "it did not pay, but costs nothing to know");
