@@ -28,8 +28,6 @@ const PAIRS: u32 = 3;
 const TRIES: u32 = 3;
 /// What it may take to decide so thoroughly.
 const DECIDING: Duration = Duration::from_millis(300);
-/// A smaller gain is none, however much was in the way.
-const DOUBTFUL: f64 = 0.8;
 /// How far two timings of one size may lie apart and still agree.
 const AGREES: f64 = 1.25;
 /// What free dimensions are timed at.
@@ -40,8 +38,11 @@ const MOST_WAITED: f64 = 0.1;
 const WORTH_A_LOOK: Duration = Duration::from_millis(1);
 /// From this on a run may gain by being spread: waking another thread takes some 50 µs.
 const WORTH_SPREADING: Duration = Duration::from_micros(200);
-/// How much faster a spread run must be to be worth the memory. Whether it is used is learned from requests.
+/// How much faster a spread run is where no more tries are needed.
 const GAIN: f64 = 1.08;
+/// One that is less is not worth the memory. In between requests decide: what a second core gives may change with what else
+/// the machine does, from none of it to all.
+const HOPELESS: f64 = 0.8;
 const SEED: u64 = 3;
 
 /// What runs of a version on the CPU cost, and which layouts it has there.
@@ -199,8 +200,6 @@ fn alike(one: Duration, other: Duration) -> bool {
 pub struct Verdict {
     /// Empty where that is no layout of the version's.
     pub samples: Vec<Sample>,
-    /// Those that speak against it, where nothing else does.
-    pub disputed: Vec<Sample>,
     /// Why it is one, or is none.
     pub reason: String,
     /// Whether the runs on one core beside them took what they took before; `None` where none was timed.
@@ -209,20 +208,7 @@ pub struct Verdict {
 
 impl Verdict {
     fn off(reason: String, agree: Option<bool>) -> Verdict {
-        Verdict { samples: Vec::new(), disputed: Vec::new(), reason: format!("off: {reason}"), agree }
-    }
-
-    /// Something may have been in the way: then a time that is too long says little, and requests will tell.
-    pub fn doubted(self) -> Verdict {
-        if self.disputed.is_empty() {
-            return self;
-        }
-        let Verdict { samples: _, disputed, reason, agree } = self;
-        let reason = format!(
-            "on until requests tell, since something may have been in the way: {}",
-            reason.trim_start_matches("off: ")
-        );
-        Verdict { samples: disputed, disputed: Vec::new(), reason, agree }
+        Verdict { samples: Vec::new(), reason: format!("off: {reason}"), agree }
     }
 }
 
@@ -272,12 +258,14 @@ pub fn wide(sizes: &Sizes, narrow: &[Sample], probe: &mut Probe, one_core: &mut 
         Some((gain, sample)) => {
             let at = of_length(sample.length);
             let told = format!("a row{at} takes 1/{gain:.2} of its time on one");
-            if gain < GAIN {
-                let reason = format!("on all cores, {told}; expected 1/{GAIN} or less");
-                let disputed = if gain < DOUBTFUL { Vec::new() } else { samples };
-                return Verdict { disputed, ..Verdict::off(reason, agree) };
+            if gain < HOPELESS {
+                return Verdict::off(format!("on all cores, {told}; expected 1/{HOPELESS} or less"), agree);
             }
-            Verdict { samples, disputed: Vec::new(), reason: format!("on: on all cores, {told}"), agree }
+            if gain < GAIN {
+                let reason = format!("on, if requests show a gain: on all cores, {told}");
+                return Verdict { samples, reason, agree };
+            }
+            Verdict { samples, reason: format!("on: on all cores, {told}"), agree }
         }
     }
 }
@@ -463,17 +451,10 @@ mod tests {
         );
         let Verdict { samples, reason, .. } =
             wide(&sizes, &times, &mut clocked(&fixed, 95.0, |_| false), &mut on_one());
-        assert!(samples.is_empty() && reason.starts_with("off: on all cores, a row takes 1/1.05"), "{reason}");
-        // What disturbs takes a gain away: one that is not far off is believed in until requests tell.
-        let against = |factor| wide(&sizes, &times, &mut clocked(&fixed, factor, |_| false), &mut on_one()).doubted();
-        let doubted = against(95.0);
-        assert!(
-            doubted.samples.len() == 1 && doubted.reason.starts_with("on until requests tell"),
-            "{}",
-            doubted.reason
-        );
-        let hopeless = against(130.0);
-        assert!(hopeless.samples.is_empty() && hopeless.reason.starts_with("off: "), "{}", hopeless.reason);
+        assert!(samples.len() == 1 && reason.starts_with("on, if requests show a gain: on all cores"), "{reason}");
+        let Verdict { samples, reason, .. } =
+            wide(&sizes, &times, &mut clocked(&fixed, 130.0, |_| false), &mut on_one());
+        assert!(samples.is_empty() && reason.starts_with("off: on all cores, a row takes 1/0.77"), "{reason}");
         let mut other = probe(&fixed, |inputs| Ok(vec![inputs[0].truncated(1, 3).unwrap()]));
         let Verdict { samples, reason, .. } = wide(&sizes, &times, &mut other, &mut on_one());
         assert!(samples.is_empty() && reason.contains("other answers"), "{reason}");

@@ -211,9 +211,7 @@ impl Subject<'_> {
         };
         let turn = timing.turn();
         let verdict = calibrate::wide(&self.sizes, &calibration.narrow, &mut spread, probe);
-        let quiet = alone && turn.was_alone() && verdict.agree != Some(false);
-        let certain = verdict.agree.is_some_and(|agree| quiet || agree && verdict.disputed.is_empty());
-        let verdict = if quiet { verdict } else { verdict.doubted() };
+        let certain = verdict.agree.is_some_and(|agree| agree || alone && turn.was_alone());
         drop(turn);
         (calibration.wide, calibration.wide_reason) = (verdict.samples, verdict.reason);
         let wide =
