@@ -109,8 +109,11 @@ impl Monitor {
     }
 
     fn hand_on(&self) {
-        let live: Vec<Arc<VersionMonitor>> = lock(&self.live).iter().filter_map(Weak::upgrade).collect();
-        live.iter().for_each(|version| version.pending.hand_on(&version.handles));
+        self.live().iter().for_each(|version| version.pending.hand_on(&version.handles));
+    }
+
+    fn live(&self) -> Vec<Arc<VersionMonitor>> {
+        lock(&self.live).iter().filter_map(Weak::upgrade).collect()
     }
 
     /// Handles and accumulators for one version. `outputs` are those of the signature, in its order. Dropping the last
@@ -166,10 +169,9 @@ impl Monitor {
 
     /// The live versions, one of each name: where one load replaces another, the ready one, else the newer.
     fn shown(&self) -> Vec<Arc<VersionMonitor>> {
-        let live: Vec<Arc<VersionMonitor>> = lock(&self.live).iter().filter_map(Weak::upgrade).collect();
         let mut positions: HashMap<(Arc<str>, Arc<str>), usize> = HashMap::new();
         let mut shown: Vec<Arc<VersionMonitor>> = Vec::new();
-        for version in live {
+        for version in self.live() {
             let name = (Arc::clone(&version.model), Arc::clone(&version.version));
             let position = *positions.entry(name).or_insert(shown.len());
             match shown.get_mut(position) {

@@ -495,8 +495,7 @@ fn classes(spec: &TensorSpec, kind: OutputKind) -> Option<usize> {
 
 /// What a batch will be filled up to at first: more would take memory that may never be needed again.
 fn filled_up_to(config: &ModelConfig, preferred_rows: usize, costs: &[Sample]) -> usize {
-    let tuned = config.batching.tune.unwrap_or(scheduler::Config::default().tuned);
-    if tuned { rows_at_first(preferred_rows, costs) } else { preferred_rows }
+    if tuned(config) { rows_at_first(preferred_rows, costs) } else { preferred_rows }
 }
 
 /// Runs an invented row, and a full batch where there will be batches. A refusal is worth a warning only: many models
@@ -552,13 +551,17 @@ fn check_goldens(found: &Discovered, probe: &mut Probe) -> Result<Option<usize>,
     Ok(Some(goldens.len()))
 }
 
+fn tuned(config: &ModelConfig) -> bool {
+    config.batching.tune.unwrap_or(scheduler::Config::default().tuned)
+}
+
 fn scheduling(facts: &Facts) -> scheduler::Config {
     let (config, defaults) = (&facts.config, scheduler::Config::default());
     scheduler::Config {
         batching: facts.batching.enabled,
         ragged: facts.ragged.plan.clone(),
         preferred_rows: facts.preferred_rows,
-        tuned: config.batching.tune.unwrap_or(defaults.tuned),
+        tuned: tuned(config),
         latency_goal: config.latency_goal,
         max_delay: config.batching.max_delay.unwrap_or(defaults.max_delay),
         max_queue_requests: config.max_queue_requests.unwrap_or(defaults.max_queue_requests),
