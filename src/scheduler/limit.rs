@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::company::PATIENCE;
 use super::cost::{CostModel, Curve, OLD, Sample, class, size};
 
 /// Rows a second that are given up for a smaller batch, which answers earlier.
@@ -177,6 +178,23 @@ impl Limits {
         let together = self.seconds(rows + more, longest.max(length));
         let apart = self.seconds(rows, longest).zip(self.seconds(more, length));
         together.zip(apart).is_none_or(|(together, (first, second))| together <= first + second + HAND_OVER)
+    }
+
+    /// Of so many rows that may come, those that make more rows a second than waiting for them takes.
+    pub fn worth_waiting_for(&self, length: Option<usize>, rows: usize) -> usize {
+        self.best(length, rows.min(self.most), PATIENCE)
+    }
+
+    /// What a run of `rows` and `more` takes less than a run of `rows`, and the others in one of their own or in one that
+    /// takes as long a row as this: they would share it with those that come next.
+    pub fn saved(&self, length: Option<usize>, rows: usize, more: usize) -> Duration {
+        let takes = |rows| self.costs.predict(rows, length).unwrap_or_default();
+        let alone = takes(rows);
+        if more == 0 {
+            return Duration::ZERO;
+        }
+        let others = takes(more).min(alone.mul_f64(more as f64 / rows.max(1) as f64));
+        (alone + others).saturating_sub(takes(rows + more))
     }
 
     fn seconds(&self, rows: usize, length: Option<usize>) -> Option<f64> {

@@ -22,6 +22,7 @@
 //! threads, started on demand, gone after [`Config::linger`] without work.
 
 pub mod batcher;
+mod company;
 mod cost;
 mod fair;
 mod gate;
@@ -47,6 +48,7 @@ use crate::monitor::events::{QueueChanged, QueueRejected, VersionDemoted};
 use crate::request::{Permit, Prepared, Priority, Timings};
 use crate::tensor::{Ragged, Tensor};
 use batcher::{Batcher, Entry, Readiness};
+use company::Company;
 use cost::CostModel;
 use fair::Room;
 use inline::{Inline, Pace, Quickness};
@@ -196,6 +198,7 @@ struct State {
     wide: Vec<Option<WideSlot>>,
     /// When there was more than one request here, last.
     crowded: Option<Instant>,
+    company: Company,
     workers: usize,
     /// Workers that have begun to reply and will look at the queue next.
     returning: usize,
@@ -210,7 +213,18 @@ struct State {
     running_rows: usize,
     /// Of these, of workers that have begun to reply.
     answering: usize,
+    answering_rows: usize,
     handles: Vec<JoinHandle<()>>,
+}
+
+/// A batch of fewer rows than there might be.
+struct Missing {
+    /// Of the head.
+    length: Option<usize>,
+    /// Rows of the head's kind that wait.
+    here: usize,
+    /// Rows that a worker could have.
+    share: usize,
 }
 
 /// A group's wide instance.
@@ -353,6 +367,11 @@ impl State {
         Some((wide.instance.take_if(|_| pays != trial)?, wide.cores))
     }
 
+    /// Rows that wait or run; those that hear their answer by now do neither.
+    fn rows_here(&self) -> usize {
+        self.batcher.rows() + self.running_rows - self.answering_rows
+    }
+
     /// At most one request is here; those that hear their answer by now are not.
     fn is_alone(&self) -> bool {
         self.batcher.len() + self.running - self.answering + self.inline <= 1
@@ -365,9 +384,19 @@ impl State {
     }
 
     /// The first group of those whose workers wait for a batch to fill, if they need not wait any longer.
-    fn filled(&self, now: Instant) -> Option<usize> {
+    fn filled(&mut self, now: Instant) -> Option<usize> {
         let group = self.slots.iter().position(|slots| slots.filling > 0)?;
-        (self.batcher.readiness(now) == Readiness::Ready).then_some(group)
+        (self.batcher.readiness(now) == Readiness::Ready && self.missing(group).is_none()).then_some(group)
+    }
+
+    /// What each of the group's workers on their way could have, if those that were here lately came back; `None` where as
+    /// much is here.
+    fn missing(&mut self, group: usize) -> Option<Missing> {
+        let (head, here) = self.batcher.head()?;
+        let length = head.item.extent;
+        let Slots { most, heading, .. } = self.slots[group];
+        let share = self.limits[group].worth_waiting_for(length, self.company.share(most));
+        (share > 1 && here < share * heading).then_some(Missing { length, here, share })
     }
 }
 
@@ -423,6 +452,8 @@ impl Scheduler {
             limits,
             wide,
             crowded: None,
+            // A delay that was asked for is long enough.
+            company: Company::new(config.tuned && config.max_delay.is_zero()),
             workers: 0,
             returning: 0,
             growing: false,
@@ -431,6 +462,7 @@ impl Scheduler {
             running: 0,
             running_rows: 0,
             answering: 0,
+            answering_rows: 0,
             handles: Vec::new(),
         };
         Scheduler {
@@ -558,6 +590,8 @@ impl Shared {
         if !state.is_alone() {
             state.crowded = Some(now);
         }
+        let rows = state.rows_here();
+        state.company.seen(rows);
         self.emit_queue(&state);
         let collector = self.collector(&mut state, ticket);
         let call = self.summon(&mut state);

@@ -279,7 +279,8 @@ impl Bench {
         self.scheduler.join(Instant::now() + AGES).unwrap();
         let state = lock(&self.scheduler.shared.state);
         let counts = [state.workers, state.returning, state.running, state.inline, state.lent];
-        assert_eq!((counts, state.growing), ([0; 5], false), "a count is off");
+        let rows = [state.running_rows, state.answering_rows];
+        assert_eq!((counts, rows, state.growing), ([0; 5], [0; 2], false), "a count is off");
         for (group, slots) in state.slots.iter().enumerate() {
             let counts = [slots.resting, slots.calls, slots.heading, slots.filling];
             assert_eq!(counts, [0; 4], "a count of group {group} is off");
@@ -1013,6 +1014,32 @@ async fn batches_are_filled_up_as_far_as_that_pays() {
         let rows = bench.script.runs().iter().map(Vec::len).max();
         assert_eq!(rows, Some(expected), "tuned: {tuned}");
     }
+}
+
+#[tokio::test]
+async fn a_worker_waits_a_moment_for_those_that_were_here_together() {
+    let script = Arc::default();
+    let group = Group { costs: vec![cost(1, 1000), cost(4, 1600)], ..group(&script, 1, 1) };
+    let bench = Bench::with(&script, vec![group], Bench::config());
+    let together = |bench: &Bench| lock(&bench.scheduler.shared.state).company.share(1);
+    let send = |value: f32| bench.submit(&[value]);
+    let first = bench.occupy();
+    let others = [1.0, 2.0, 3.0].map(send);
+    bench.script.release();
+    done(first).await.unwrap();
+    bench.wait_until(|slots| slots.filling, 1);
+    let back = send(4.0);
+    for submitted in others.into_iter().chain([back]) {
+        done(submitted).await.unwrap();
+    }
+    assert_eq!(bench.script.runs(), [vec![100.0], vec![1.0, 2.0, 3.0, 4.0]]);
+    assert_eq!(together(&bench), 4);
+    let last = send(5.0);
+    bench.wait_until(|slots| slots.filling, 1);
+    bench.scheduler.close();
+    assert_eq!(values(last).await, [10.0], "what is closed waits for nobody");
+    assert_eq!(together(&bench), 1, "the others stayed away");
+    bench.join();
 }
 
 #[tokio::test]

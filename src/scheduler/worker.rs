@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::batcher::{Entry, Poll, Readiness};
 use super::gate::Turn;
-use super::{Answer, Job, Key, Room, Shared, State, Ticket, expired, lock};
+use super::{Answer, Job, Key, Missing, Room, Shared, State, Ticket, expired, lock};
 use crate::backend::{Batch, Instance, RunError, panic_text};
 use crate::error::{Error, Kind};
 use crate::monitor::events::{BatchExecuted, RunLearned};
@@ -45,6 +45,8 @@ pub(super) struct Worker {
     running_rows: usize,
     /// On loan for one turn, with its threads.
     wide: Option<(Box<dyn Instance>, usize)>,
+    /// Before the batch that it takes next.
+    waited: Option<Waited>,
     /// When it began to wait for its turn.
     turn_asked: Instant,
     /// What its instance's latest run cost, until the others are told.
@@ -63,6 +65,14 @@ struct Learned {
     compute: Duration,
     /// On so many threads: not on those of the worker's own instance.
     wide: Option<usize>,
+}
+
+/// For company.
+#[derive(Clone, Copy)]
+struct Waited {
+    took: Duration,
+    /// That were there before.
+    rows: usize,
 }
 
 /// What a run did for its jobs.
@@ -187,6 +197,7 @@ impl Worker {
             running: 0,
             running_rows: 0,
             wide: None,
+            waited: None,
             turn_asked: Instant::now(),
             learned: None,
             warm: false,
@@ -254,11 +265,15 @@ impl Worker {
         let mut state = lock(&shared.state);
         self.count_out(&mut state);
         state.returning -= usize::from(std::mem::take(&mut self.returning));
+        let mut waited = false;
         loop {
             match state.batcher.readiness(Instant::now()) {
                 Readiness::Ready => {
                     self.set_heading(&mut state, true);
-                    return true;
+                    if std::mem::replace(&mut waited, true) {
+                        return true;
+                    }
+                    state = self.wait_for_company(&shared, state);
                 }
                 Readiness::At(due) => {
                     self.set_heading(&mut state, true);
@@ -314,6 +329,24 @@ impl Worker {
         self.rested = self.instance.is_none();
     }
 
+    /// For those that were just answered, where that pays.
+    fn wait_for_company<'a>(&mut self, shared: &'a Shared, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        if state.closed {
+            return state;
+        }
+        let Some(Missing { length, here, share }) = state.missing(self.group) else { return state };
+        let expected = state.limits[self.group].costs().predict(share, length);
+        let Some(patience) = expected.and_then(|run| state.company.patience(run)) else { return state };
+        let since = Instant::now();
+        while !state.closed && since.elapsed() < patience && state.missing(self.group).is_some() {
+            state = self.wait_to_fill(shared, state, since + patience);
+        }
+        let rows = state.rows_here();
+        state.company.waited(rows);
+        self.waited = Some(Waited { took: since.elapsed(), rows: here });
+        state
+    }
+
     fn wait_to_fill<'a>(
         &self,
         shared: &'a Shared,
@@ -332,8 +365,12 @@ impl Worker {
     fn count_out(&mut self, state: &mut State) {
         let ended = std::mem::take(&mut self.running);
         state.running -= ended;
-        state.answering -= if self.returning { ended } else { 0 };
-        state.running_rows -= std::mem::take(&mut self.running_rows);
+        let ended_rows = std::mem::take(&mut self.running_rows);
+        state.running_rows -= ended_rows;
+        if self.returning {
+            state.answering -= ended;
+            state.answering_rows -= ended_rows;
+        }
         if let Some((instance, _)) = self.wide.take() {
             state.give_wide(self.group, instance);
         }
@@ -373,6 +410,7 @@ impl Worker {
             let mut state = lock(&self.shared.state);
             state.returning += 1;
             state.answering += self.running;
+            state.answering_rows += self.running_rows;
             if let Some((instance, _)) = self.wide.take() {
                 state.give_wide(self.group, instance);
             }
@@ -386,12 +424,19 @@ impl Worker {
         let mut state = lock(&shared.state);
         let now = Instant::now();
         let polled = self.poll(&mut state, room, now);
+        let waited = self.waited.take();
         if let Poll::Batch(taken) = &polled {
             self.running = taken.len();
             self.running_rows = taken.iter().map(|(_, entry)| entry.rows.max(1)).fold(0, usize::saturating_add);
             state.running += taken.len();
             state.running_rows = state.running_rows.saturating_add(self.running_rows);
             state.slots[self.group].running += 1;
+            if let Some(Waited { took, rows }) = waited {
+                let longest = taken.iter().filter_map(|(_, entry)| entry.item.extent).max();
+                let more = self.running_rows.saturating_sub(rows);
+                let saved = state.limits[self.group].saved(longest, rows, more);
+                state.company.learn(took, saved);
+            }
             if let [(_, entry)] = &taken[..]
                 && !self.lent
             {

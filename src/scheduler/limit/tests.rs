@@ -56,6 +56,16 @@ fn idle_cores_get_their_share_and_small_runs_are_not_worth_waking_them() {
 }
 
 #[test]
+fn company_saves_what_it_would_cost_in_other_runs() {
+    let curve = limits(&[(1, 6.0), (2, 9.0), (4, 16.0), (8, 30.0), (16, 60.0), (32, 120.0)]);
+    assert_eq!([1, 2, 4, 16, 99].map(|rows| curve.worth_waiting_for(None, rows)), [1, 2, 4, 8, 8]);
+    for ((rows, more), expected) in [((1, 1), 3), ((1, 3), 3), ((2, 2), 2), ((8, 8), 0), ((4, 0), 0)] {
+        let saved = curve.saved(None, rows, more).as_secs_f64() * 1e3;
+        assert_eq!(saved.round() as i32, expected, "{rows} and {more}");
+    }
+}
+
+#[test]
 fn long_runs_are_cut_while_others_wait() {
     let curve = [(1, 2.0), (2, 3.7), (4, 7.2), (8, 14.0), (16, 27.0), (32, 53.0)];
     let contended = Queued { contended: true, ..alone(32) };
