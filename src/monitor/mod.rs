@@ -224,12 +224,13 @@ struct Info {
 }
 
 impl VersionMonitor {
-    /// Folds one batch's whole outputs (positional, all rows) into the distributions. Called by workers after replying.
-    pub fn fold(&self, outputs: &[Tensor]) {
+    /// Folds one batch's whole outputs (positional, all rows), which a run of that time gave, into the distributions.
+    /// Called by workers after replying.
+    pub fn fold(&self, outputs: &[Tensor], run: Duration) {
         if !self.measures {
             return;
         }
-        let others = self.outputs.iter().zip(outputs).map(|(output, tensor)| output.fold(tensor)).sum();
+        let others = self.outputs.iter().zip(outputs).map(|(output, tensor)| output.fold(tensor, run)).sum();
         if others > 0 {
             self.truncated_classes.increment(others);
         }
@@ -349,6 +350,8 @@ mod tests {
     use events::*;
     use std::collections::HashMap;
 
+    const RUN: Duration = Duration::from_millis(1);
+
     fn id(version: u64) -> VersionId {
         VersionId::new(version).unwrap()
     }
@@ -437,7 +440,7 @@ mod tests {
         let monitor = Monitor::measuring(false);
         let version = monitor.version("m".into(), id(1), vec![output("value", OutputKind::Values)]);
         load(&monitor, &version);
-        version.fold(&[floats(&[2], vec![1.5, 2.5])]);
+        version.fold(&[floats(&[2], vec![1.5, 2.5])], RUN);
         execute(&version, 2, false);
         let timings = Timings::default();
         for (version, outcome) in [(Some(&*version), Ok(&timings)), (None, Err(Kind::NotFound))] {
@@ -480,7 +483,7 @@ mod tests {
         QueueChanged { version: &version, requests: 2, bytes: 64, running: 5 }.emit();
         let expected = Some(Duration::from_millis(4));
         RunLearned { version: &version, batch_limit: 8, expected, threads: 2 }.emit();
-        version.fold(&[floats(&[2, 2], vec![0.25, 0.75, 1.0, 0.0]), floats(&[2], vec![1.5, f32::NAN])]);
+        version.fold(&[floats(&[2, 2], vec![0.25, 0.75, 1.0, 0.0]), floats(&[2], vec![1.5, f32::NAN])], RUN);
         execute(&version, 2, false);
         execute(&version, 7, true);
         let timings = Timings { queue: Duration::from_millis(2), ..Timings::default() };
@@ -573,7 +576,7 @@ mod tests {
         let monitor = Monitor::new();
         let version = monitor.version("m".into(), id(1), vec![output("y", OutputKind::Values)]);
         load(&monitor, &version);
-        version.fold(&[floats(&[1], vec![1.0])]);
+        version.fold(&[floats(&[1], vec![1.0])], RUN);
         let own = |text: &str| {
             let per_version = text.lines().filter(|line| line.contains("version=\"1\""));
             per_version.filter(|line| line.contains("prediction") || line.contains("model_")).count()
@@ -593,7 +596,7 @@ mod tests {
         let one = || monitor.version("m".into(), id(1), vec![output("y", OutputKind::Values)]);
         let old = one();
         load(&monitor, &old);
-        old.fold(&[floats(&[1], vec![1.0])]);
+        old.fold(&[floats(&[1], vec![1.0])], RUN);
         let new = one();
         assert_eq!(shown(&monitor.render()), 1.0);
         load(&monitor, &new);
@@ -643,7 +646,7 @@ mod tests {
         let version = monitor.version("m".into(), id(1), outputs);
         let mut logits = vec![0.0; 30];
         logits[29] = 1.0;
-        version.fold(&vec![floats(&[1, 30], logits); MAX_MONITORED_OUTPUTS + 3]);
+        version.fold(&vec![floats(&[1, 30], logits); MAX_MONITORED_OUTPUTS + 3], RUN);
         let samples = parse(&monitor.render());
         assert_eq!(samples["tidegate_series_truncated_total{label=\"output\"}"], 3.0);
         assert_eq!(samples["tidegate_series_truncated_total{label=\"class\"}"], MAX_MONITORED_OUTPUTS as f64);
@@ -657,7 +660,7 @@ mod tests {
         let version = monitor.version("m".into(), id(1), vec![output("y", OutputKind::Values)]);
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| (0..1000).for_each(|_| version.fold(&[floats(&[2], vec![1.0, 2.0])])));
+                scope.spawn(|| (0..1000).for_each(|_| version.fold(&[floats(&[2], vec![1.0, 2.0])], RUN)));
             }
             (0..20).for_each(|_| {
                 parse(&monitor.render());
@@ -725,7 +728,7 @@ mod tests {
         let before = process::resident_memory().unwrap();
         for _ in 0..ROUNDS {
             (0..SAMPLES).for_each(|_| execute(&version, 1, false));
-            version.fold(std::slice::from_ref(&logits));
+            version.fold(std::slice::from_ref(&logits), RUN);
             monitor.upkeep();
         }
         let grown = process::resident_memory().unwrap() - before;

@@ -253,8 +253,9 @@ fn notes(section: Section) -> &'static str {
              error is about 1e-16 (mean / standard deviation)^2.\n\
              - A row with a NaN has no class. A row with +Inf has a class but no confidence; -Inf is probability 0. \
              Strings that are not labels are counted only.\n\
-             - Of an output with more than 16384 elements in a batch, rows (or elements) at even distances are looked \
-             at, beginning at another offset each time; rows of more than 262144 classes never are.\n\n"
+             - Of an output with more than 1024 elements in a batch, as many as a hundredth of the run's time is enough for, of one \
+             with more than 16384 no more than so many: rows (or elements) at even distances, beginning at another offset each \
+             time. Rows of more than 262144 classes are never looked at.\n\n"
         }
         Section::Requests | Section::Executions | Section::Models | Section::Process => "",
     }
@@ -287,7 +288,8 @@ mod tests {
     #[test]
     fn the_notes_name_the_real_bounds() {
         let text = reference();
-        for bound in [super::super::distribution::MAX_FOLDED_ELEMENTS, super::super::distribution::MAX_CLASSES] {
+        use super::super::distribution::{MAX_CLASSES, MAX_FOLDED_ELEMENTS, MIN_FOLDED_ELEMENTS};
+        for bound in [MIN_FOLDED_ELEMENTS, MAX_FOLDED_ELEMENTS, MAX_CLASSES] {
             assert!(text.contains(&format!("more than {bound} ")), "{bound}");
         }
         assert!(text.contains(&format!("positions 0 to {} have", MAX_CLASS_SERIES - 1)));

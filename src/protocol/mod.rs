@@ -11,7 +11,7 @@ mod service;
 pub mod status;
 mod triton;
 
-pub use service::Service;
+pub use service::{Answering, Service};
 
 /// What of the protocol's extensions is offered on every port, and no more: clients choose calls by this list.
 const EXTENSIONS: &[&str] =

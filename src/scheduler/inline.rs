@@ -125,7 +125,7 @@ impl Shared {
         drop(turn);
         self.report(&prepared, compute, result.is_err());
         if let Ok(outputs) = &result {
-            self.monitor.fold(outputs);
+            self.monitor.fold(outputs, compute);
         }
         // What keeps the thread, all of it.
         self.quickness.learn(bytes, started.elapsed(), result.is_ok());

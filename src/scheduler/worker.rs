@@ -53,8 +53,8 @@ pub(super) struct Worker {
     learned: Option<Learned>,
     /// Has run: the first run of a thread finds nothing in the caches.
     warm: bool,
-    /// Whole outputs of this turn's runs, for the monitor.
-    executed: Vec<Vec<Tensor>>,
+    /// Whole outputs of this turn's runs, for the monitor, and how long each took to compute.
+    executed: Vec<(Vec<Tensor>, Duration)>,
 }
 
 /// One whole batch, run once.
@@ -612,7 +612,8 @@ impl Worker {
                 let timings = Timings { input, compute, split, batch_rows: rows, ..Timings::default() };
                 self.set_returning();
                 reply(jobs, parts, started, timings);
-                self.executed.extend(observed);
+                let each = compute / u32::try_from(observed.len()).unwrap_or(u32::MAX).max(1);
+                self.executed.extend(observed.into_iter().map(|outputs| (outputs, each)));
                 Outcome::Answered
             }
         };
@@ -625,8 +626,8 @@ impl Worker {
 
     /// Hands this turn's outputs to the monitor, when every caller has its answer and the gate is free again.
     fn record(&mut self) {
-        for outputs in self.executed.drain(..) {
-            self.shared.monitor.fold(&outputs);
+        for (outputs, run) in self.executed.drain(..) {
+            self.shared.monitor.fold(&outputs, run);
         }
     }
 }

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 
 use super::prompt::{Heads, PromptStream};
 use super::untaken::Untaken;
-use crate::protocol::Service;
+use crate::protocol::{Answering, Service};
 
 #[derive(Clone, Debug)]
 pub struct ConnectionLimits {
@@ -37,6 +37,9 @@ pub struct ConnectionLimits {
 /// Most header fields of one request, and most bytes of its head.
 const MAX_HEADERS: usize = 100;
 const MAX_HEAD_BYTES: usize = 16 << 10;
+/// Bytes that HTTP/1 reads at once where they come fast, and writes: bodies in fewer steps than heads would need, and no more
+/// than a connection may cost while it idles.
+const MAX_BUFFER_BYTES: usize = 128 << 10;
 /// How long a connection may stay silent before HTTP/2 asks whether anybody is there, and how long it waits then.
 const PING_AFTER: Duration = Duration::from_secs(60);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
@@ -169,7 +172,7 @@ fn builder(wire: Wire, limits: &ConnectionLimits) -> auto::Builder<TokioExecutor
         .timer(TokioTimer::new())
         .header_read_timeout(limits.idle_timeout)
         .max_headers(MAX_HEADERS)
-        .max_buf_size(MAX_HEAD_BYTES)
+        .max_buf_size(MAX_BUFFER_BYTES)
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.streams)
@@ -197,8 +200,9 @@ impl Connection {
         let stream = PromptStream::new(stream, &self.limits, Arc::clone(&heads));
         let (service, begun, given) = (self.service, Arc::clone(&heads), Arc::clone(&untaken));
         let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
-            let (answered, serving, given) =
-                (service.call(request.map(axum::body::Body::new)), begun.begin(), Arc::clone(&given));
+            let request = request.map(axum::body::Body::new);
+            let answered = if head_bytes(&request) > MAX_HEAD_BYTES { head_too_large() } else { service.call(request) };
+            let (serving, given) = (begun.begin(), Arc::clone(&given));
             async move { Ok::<_, Infallible>(answered.await.map(|body| given.follow(body, serving))) }
         });
         let serving = self.builder.serve_connection(TokioIo::new(stream), service);
@@ -228,6 +232,21 @@ impl Connection {
             () = cut => tracing::debug!(wire = ?self.wire, "a connection was cut: an answer was not taken in time"),
         }
     }
+}
+
+/// As sent over HTTP/1, but for the first line's method and version.
+fn head_bytes<B>(request: &hyper::Request<B>) -> usize {
+    const BETWEEN: usize = ": \r\n".len();
+    let fields = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len() + BETWEEN);
+    request.uri().path_and_query().map_or(0, |target| target.as_str().len()) + fields.sum::<usize>()
+}
+
+/// As hyper answers what is larger than its buffer.
+fn head_too_large() -> Answering {
+    let mut answer = axum::response::Response::default();
+    *answer.status_mut() = hyper::StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+    answer.headers_mut().insert(hyper::header::CONNECTION, hyper::header::HeaderValue::from_static("close"));
+    Box::pin(std::future::ready(answer))
 }
 
 fn ended<E: std::fmt::Display>(outcome: Result<(), E>, wire: Wire) {

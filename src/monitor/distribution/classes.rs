@@ -4,7 +4,7 @@ use super::elements::{Visit, visit};
 use super::histogram::Histogram;
 use super::judge::{Judgement, Sureness, judge};
 use super::sample::Sample;
-use super::{MAX_CLASSES, MAX_FOLDED_ELEMENTS, Tally};
+use super::{Look, MAX_CLASSES, Tally};
 use crate::monitor::names::{CONFIDENCE_BUCKETS, ENTROPY_BUCKETS, MAX_CLASS_SERIES};
 use crate::tensor::{OutputKind, Tensor};
 
@@ -26,11 +26,11 @@ impl Classes {
         Classes { kind, rows: Vec::new(), other: 0, truncated: false, confidence, entropy }
     }
 
-    pub(super) fn fold(&mut self, tensor: &Tensor, turn: usize, tally: &mut Tally) {
+    pub(super) fn fold(&mut self, tensor: &Tensor, look: Look, tally: &mut Tally) {
         let last = tensor.shape().dims().last().copied().unwrap_or(1);
         let (width, classes) = if self.kind == OutputKind::BinaryProbability { (1, 2) } else { (last, last) };
         self.resize(classes);
-        visit(tensor, Fold { classes: self, width, turn, tally });
+        visit(tensor, Fold { classes: self, width, look, tally });
     }
 
     /// Classes that were never predicted are shown as 0, once their number is known.
@@ -58,13 +58,13 @@ struct Fold<'a> {
     classes: &'a mut Classes,
     /// Elements per row.
     width: usize,
-    turn: usize,
+    look: Look,
     tally: &'a mut Tally,
 }
 
 impl Visit for Fold<'_> {
     fn visit<const N: usize>(self, elements: &[[u8; N]], read: impl Fn([u8; N]) -> f64 + Copy) {
-        let Fold { classes, width, turn, tally } = self;
+        let Fold { classes, width, look, tally } = self;
         if elements.is_empty() {
             return;
         }
@@ -72,7 +72,7 @@ impl Visit for Fold<'_> {
             return tally.add_looked_at(0, elements.len());
         }
         // The width is not zero: there are elements.
-        let sample = Sample::new(elements.len() / width, MAX_FOLDED_ELEMENTS / width, turn);
+        let sample = Sample::new(elements.len() / width, look.most / width, look.turn);
         for row in sample.of(elements.chunks_exact(width)) {
             let numbers = row.iter().map(|element| read(*element));
             classes.add(judge(classes.kind, numbers, tally));
@@ -83,7 +83,7 @@ impl Visit for Fold<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{classes, counts, output, tensor};
+    use super::super::tests::{AGES, classes, counts, output, tensor};
     use super::*;
     use crate::monitor::names::OTHER;
 
@@ -107,7 +107,7 @@ mod tests {
         let mut logits = vec![0f32; 25 * 25];
         (0..25).for_each(|row| logits[row * 25 + row] = 1.0);
         let output = output(OutputKind::Logits);
-        assert_eq!(output.fold(&tensor(&[25, 25], logits)), 5);
+        assert_eq!(output.fold(&tensor(&[25, 25], logits), AGES), 5);
         let counts = output.class_counts(&output.snapshot());
         assert_eq!(counts.len(), MAX_CLASS_SERIES + 1);
         assert_eq!(counts.last(), Some(&(OTHER.to_owned(), 5)));

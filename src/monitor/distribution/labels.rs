@@ -2,7 +2,7 @@
 
 use super::elements::{Visit, chunks, visit};
 use super::sample::Sample;
-use super::{MAX_FOLDED_ELEMENTS, Tally};
+use super::{Look, Tally};
 use crate::monitor::names::MAX_CLASS_SERIES;
 use crate::tensor::{DataType, Tensor};
 
@@ -34,9 +34,9 @@ impl Label {
 }
 
 impl Labels {
-    pub(super) fn fold(&mut self, tensor: &Tensor, turn: usize, tally: &mut Tally) {
+    pub(super) fn fold(&mut self, tensor: &Tensor, look: Look, tally: &mut Tally) {
         let elements = tensor.shape().elements();
-        let sample = Sample::new(elements, MAX_FOLDED_ELEMENTS, turn);
+        let sample = Sample::new(elements, look.most, look.turn);
         tally.add_looked_at(sample.count(), elements);
         match tensor.dtype() {
             DataType::Bytes => sample.of(tensor.strings()).for_each(|text| self.add_text(text)),
@@ -98,7 +98,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::OutputMonitor;
-    use super::super::tests::{classes, counts, tensor};
+    use super::super::tests::{AGES, classes, counts, tensor};
     use super::*;
     use crate::monitor::names::OTHER;
     use crate::tensor::{OutputKind, Shape};
@@ -108,7 +108,7 @@ mod tests {
         let ids = [i64::MAX, i64::MAX - 1, 0, 1, 1, -3];
         let names: Arc<[String]> = ["cat".into(), "cat".into()].into();
         let output = OutputMonitor::new("y".into(), OutputKind::Labels, Some(names));
-        output.fold(&tensor(&[6], ids.to_vec()));
+        output.fold(&tensor(&[6], ids.to_vec()), AGES);
         assert_eq!(
             output.class_counts(&output.snapshot()),
             counts(&[("9223372036854775807", 1), ("9223372036854775806", 1), ("cat", 3), ("-3", 1)])

@@ -7,7 +7,7 @@
 //!
 //! Every number is converted to f64 straight from the buffer's bytes, wherever they lie, so a fold allocates nothing
 //! and alignment does not matter. Memory and series are bounded by constants; work per fold by
-//! [`MAX_FOLDED_ELEMENTS`]. What runs once per element is `#[inline]`: calls from file to file would take half as long
+//! [`MAX_FOLDED_ELEMENTS`] and by the time of the run. What runs once per element is `#[inline]`: calls from file to file would take half as long
 //! as the fold itself.
 //!
 //! Threads: any worker of the version may fold; each output has its own lock, held for the fold of that output.
@@ -21,6 +21,7 @@ mod sample;
 mod values;
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::lock;
 use super::names::OTHER;
@@ -31,9 +32,13 @@ pub(super) use histogram::Histogram;
 use labels::{Label, Labels};
 use values::Values;
 
-/// Elements of one output that one fold looks at; of larger outputs, a sample at even distances. So many because they
-/// cost about 0.1 ms, less than computing and sending 16384 elements does.
+/// Elements of one output that one fold looks at, of larger outputs a sample at even distances: as many as take
+/// [`FOLDED_SHARE`] of the time of the run that gave them, between these bounds.
+pub(super) const MIN_FOLDED_ELEMENTS: usize = 1_024;
 pub(super) const MAX_FOLDED_ELEMENTS: usize = 16_384;
+const FOLDED_SHARE: f64 = 0.01;
+/// About what one element takes.
+const ELEMENT_SECONDS: f64 = 7e-9;
 
 /// Widest row of classes that is looked at (one row always is, however many elements it has).
 pub(super) const MAX_CLASSES: usize = 262_144;
@@ -59,11 +64,11 @@ impl OutputMonitor {
         OutputMonitor { name, labels, state: Mutex::new(state) }
     }
 
-    /// Adds one batch's output. Returns how many rows were counted as `other`.
-    pub(super) fn fold(&self, tensor: &Tensor) -> u64 {
+    /// Adds one batch's output, which a run of that time gave. Returns how many rows were counted as `other`.
+    pub(super) fn fold(&self, tensor: &Tensor, run: Duration) -> u64 {
         let mut state = lock(&self.state);
         let before = state.body.others();
-        state.fold(tensor);
+        state.fold(tensor, most(run));
         state.body.others() - before
     }
 
@@ -124,6 +129,18 @@ pub(super) struct Distribution {
     body: Body,
 }
 
+fn most(run: Duration) -> usize {
+    let affordable = run.as_secs_f64() * FOLDED_SHARE / ELEMENT_SECONDS;
+    (affordable as usize).clamp(MIN_FOLDED_ELEMENTS, MAX_FOLDED_ELEMENTS)
+}
+
+/// Which elements one fold looks at.
+#[derive(Clone, Copy)]
+struct Look {
+    most: usize,
+    turn: usize,
+}
+
 #[derive(Clone)]
 enum Body {
     Classes(Classes),
@@ -162,15 +179,16 @@ impl Distribution {
         if let Body::Classes(classes) = &self.body { Some(classes) } else { None }
     }
 
-    fn fold(&mut self, tensor: &Tensor) {
+    fn fold(&mut self, tensor: &Tensor, most: usize) {
         let Distribution { turn, tally, body } = self;
+        let look = Look { most, turn: *turn };
         match body {
-            Body::Labels(labels) => labels.fold(tensor, *turn, tally),
+            Body::Labels(labels) => labels.fold(tensor, look, tally),
             Body::Values(_) | Body::Classes(_) if tensor.dtype() == DataType::Bytes => {
                 tally.elements += tensor.shape().elements() as u64;
             }
-            Body::Values(values) => values.fold(tensor, *turn, tally),
-            Body::Classes(classes) => classes.fold(tensor, *turn, tally),
+            Body::Values(values) => values.fold(tensor, look, tally),
+            Body::Classes(classes) => classes.fold(tensor, look, tally),
         }
         *turn = turn.wrapping_add(1);
     }
@@ -210,6 +228,19 @@ mod tests {
     use super::*;
     use crate::tensor::{Element, Shape};
 
+    /// A run that leaves time to look at everything.
+    pub(super) const AGES: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn how_much_is_looked_at_follows_from_the_run() {
+        let most = |micros| most(Duration::from_micros(micros));
+        assert_eq!([0, 100, 1_400, 7_000, 60_000].map(most), [1_024, 1_024, 2_000, 10_000, 16_384]);
+        let output = output(OutputKind::Values);
+        output.fold(&tensor(&[4096], vec![0f32; 4096]), Duration::ZERO);
+        let tally = output.snapshot().tally;
+        assert_eq!((tally.elements, tally.sampled_out), (1024, 3072));
+    }
+
     pub(super) fn tensor<T: Element + Send + 'static>(dims: &[usize], elements: Vec<T>) -> Tensor {
         Tensor::from_vec(Shape::new(dims).unwrap(), elements).unwrap()
     }
@@ -225,7 +256,7 @@ mod tests {
     pub(super) fn folded(kind: OutputKind, tensors: &[Tensor]) -> (OutputMonitor, Distribution) {
         let output = output(kind);
         for tensor in tensors {
-            output.fold(tensor);
+            output.fold(tensor, AGES);
         }
         let distribution = output.snapshot();
         (output, distribution)
@@ -260,7 +291,7 @@ mod tests {
         let total = MAX_FOLDED_ELEMENTS * 3 - 1;
         let output = output(OutputKind::Values);
         for turn in 1..=3 {
-            output.fold(&tensor(&[total], (0..total).map(|i| i as f32).collect()));
+            output.fold(&tensor(&[total], (0..total).map(|i| i as f32).collect()), AGES);
             let tally = output.snapshot().tally;
             assert_eq!(tally.elements + tally.sampled_out, (total * turn) as u64);
             assert!(tally.elements <= (MAX_FOLDED_ELEMENTS * turn) as u64);

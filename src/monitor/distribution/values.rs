@@ -3,7 +3,7 @@
 use super::elements::{Visit, visit};
 use super::histogram::{Histogram, Sum};
 use super::sample::Sample;
-use super::{MAX_FOLDED_ELEMENTS, Tally};
+use super::{Look, Tally};
 use crate::monitor::names::VALUE_BUCKETS;
 use crate::tensor::Tensor;
 
@@ -23,21 +23,21 @@ impl Default for Values {
 }
 
 impl Values {
-    pub(super) fn fold(&mut self, tensor: &Tensor, turn: usize, tally: &mut Tally) {
-        visit(tensor, Fold { values: self, turn, tally });
+    pub(super) fn fold(&mut self, tensor: &Tensor, look: Look, tally: &mut Tally) {
+        visit(tensor, Fold { values: self, look, tally });
     }
 }
 
 struct Fold<'a> {
     values: &'a mut Values,
-    turn: usize,
+    look: Look,
     tally: &'a mut Tally,
 }
 
 impl Visit for Fold<'_> {
     fn visit<const N: usize>(self, elements: &[[u8; N]], read: impl Fn([u8; N]) -> f64 + Copy) {
-        let Fold { values, turn, tally } = self;
-        let sample = Sample::new(elements.len(), MAX_FOLDED_ELEMENTS, turn);
+        let Fold { values, look, tally } = self;
+        let sample = Sample::new(elements.len(), look.most, look.turn);
         let (mut sum, mut squares) = (0.0, 0.0);
         for element in sample.of(elements.iter()) {
             let value = read(*element);

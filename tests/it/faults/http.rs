@@ -99,6 +99,8 @@ fn heads_are_bounded_and_well_formed() {
     let many: Vec<(&str, &str)> = vec![("X", "a"); 101];
     let cookies: Vec<(&str, &str)> = vec![("Cookie", "a=b"); 10_000];
     let long = "a".repeat(20 << 10);
+    // What surrounds the field, and what the test's requests say beside it, is a little less than this.
+    let (fits, over) = ("a".repeat((16 << 10) - 256), "a".repeat(16 << 10));
     let line = |line: &str| format!("{line}\r\nHost: test\r\nConnection: close\r\n\r\n");
     let hello = [&b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"[..], &[0; 506]].concat();
     target.run([
@@ -107,8 +109,16 @@ fn heads_are_bounded_and_well_formed() {
         // RFC 9112 §2.2 lets a bare line feed end a line; without a body nothing can hide behind it.
         Case::http("A5", "bare line feeds", "GET /v2 HTTP/1.1\nHost: t\nConnection: close\n\n", &[200, 400]),
         Case::http("A9", "101 headers", request("GET /v2", &many, b""), &[431]).bare(),
+        Case::http(
+            "A9",
+            "a header of nearly 16 KiB",
+            request("GET /v2", &[("X", &fits), ("Connection", "close")], b""),
+            &[200],
+        ),
+        Case::http("A9", "a header of 16 KiB", request("GET /v2", &[("X", &over)], b""), &[431]).bare(),
         Case::http("A9", "a header of 20 KiB", request("GET /v2", &[("X", &long)], b""), &[431]).bare(),
         Case::http("A9", "10 000 cookies", request("GET /v2", &cookies, b""), &[431]).bare(),
+        Case::http("A10", "a path of 16 KiB", get(&format!("/v2/{over}")), &[414, 431]).bare(),
         Case::http("A10", "a path of 70 000 bytes", get(&format!("/v2/{}", "a".repeat(70_000))), &[414, 431]).bare(),
         Case::http("A13", "HTTP/0.9", "GET /v2\r\n", &[400, 505]).bare(),
         Case::http("A13", "HTTP/1.0 without a host", "GET /v2 HTTP/1.0\r\n\r\n", &[200]),
