@@ -9,7 +9,7 @@ use bytes::Bytes;
 use half::{bf16, f16};
 
 pub use super::number::ElementError;
-use super::number::Number;
+use super::number::{self, Number};
 use super::{DataType, Shape, Tensor, TensorError, strings};
 
 /// What stands for the values of a float that are not finite, for which JSON has no number.
@@ -78,36 +78,39 @@ impl<'a> Data<'a> {
 
     fn booleans(self) -> Result<Tensor, DataError> {
         let mut data = Vec::with_capacity(self.shape.elements());
-        self.walk(|token| {
+        self.walk(|text| {
+            let token = token(text);
             data.push(match token {
                 "true" => 1,
                 "false" => 0,
                 other => return Err(misfit(other, "true or false")),
             });
-            Ok(())
+            Ok(token.len())
         })?;
         Ok(Tensor::new(DataType::Bool, self.shape, data.into())?)
     }
 
     fn numbers<T: Number + Send + 'static>(self, not_finite: NotFinite) -> Result<Tensor, DataError> {
         let mut data: Vec<T> = Vec::with_capacity(self.shape.elements());
-        self.walk(|token| {
-            let value = match token.as_bytes().first() {
-                Some(b'-' | b'0'..=b'9') => T::read(token)?,
+        self.walk(|text| {
+            let (value, length) = match text.as_bytes().first() {
+                Some(b'-' | b'0'..=b'9') => T::read(text)?,
                 _ => {
+                    let token = token(text);
                     let named = if not_finite == NotFinite::Named { T::named(token) } else { None };
-                    named.ok_or_else(|| misfit(token, T::DTYPE.name()))?
+                    (named.ok_or_else(|| misfit(token, T::DTYPE.name()))?, token.len())
                 }
             };
             data.push(value);
-            Ok(())
+            Ok(length)
         })?;
         Ok(Tensor::from_vec(self.shape, data)?)
     }
 
     fn texts(self) -> Result<Tensor, DataError> {
         let mut data = Vec::new();
-        self.walk(|token| {
+        self.walk(|text| {
+            let token = token(text);
             let inner = token.strip_prefix('"').and_then(|token| token.strip_suffix('"'));
             let inner = inner.ok_or_else(|| misfit(token, "a string"))?;
             let pushed = if inner.contains('\\') {
@@ -116,13 +119,15 @@ impl<'a> Data<'a> {
             } else {
                 strings::push(&mut data, inner.as_bytes())
             };
-            pushed.ok_or(ElementError::TooLong)
+            pushed.ok_or(ElementError::TooLong)?;
+            Ok(token.len())
         })?;
         Ok(Tensor::new(DataType::Bytes, self.shape, Bytes::from(data))?)
     }
 
-    /// Calls `element` with every element's text, in row-major order, and checks the structure against the shape.
-    fn walk(&self, mut element: impl FnMut(&str) -> Result<(), ElementError>) -> Result<(), DataError> {
+    /// Calls `element` with the text from every element on, in row-major order, to hear how long the element is, and checks
+    /// the structure against the shape.
+    fn walk(&self, mut element: impl FnMut(&str) -> Result<usize, ElementError>) -> Result<(), DataError> {
         let mut cursor = Cursor { text: self.text, at: 0, index: 0 };
         let flat = [self.shape.elements()];
         let nested = self.text.trim_start().strip_prefix('[').is_some_and(|rest| rest.trim_start().starts_with('['));
@@ -159,12 +164,12 @@ struct Cursor<'a> {
     index: usize,
 }
 
-impl<'a> Cursor<'a> {
+impl Cursor<'_> {
     /// One array of `dims[0]` items. Recurses at most as deep as a shape has dimensions.
     fn level(
         &mut self,
         dims: &[usize],
-        element: &mut impl FnMut(&str) -> Result<(), ElementError>,
+        element: &mut impl FnMut(&str) -> Result<usize, ElementError>,
     ) -> Result<(), Stop> {
         let [count, inner @ ..] = dims else { return Err(Stop::Structure) };
         self.expect(b'[')?;
@@ -173,8 +178,11 @@ impl<'a> Cursor<'a> {
                 self.expect(b',')?;
             }
             if inner.is_empty() {
-                let token = self.token()?;
-                element(token).map_err(Stop::Element)?;
+                // An array here is one too many.
+                if let None | Some(b']' | b'[' | b',') = self.peek() {
+                    return Err(Stop::Structure);
+                }
+                self.at += element(&self.text[self.at..]).map_err(Stop::Element)?;
                 self.index += 1;
             } else {
                 self.level(inner, element)?;
@@ -198,23 +206,17 @@ impl<'a> Cursor<'a> {
         self.at += 1;
         Ok(())
     }
+}
 
-    /// The next element's text. An array here is one too many; of an object, which is no element, the opening bracket.
-    fn token(&mut self) -> Result<&'a str, Stop> {
-        let first = self.peek().ok_or(Stop::Structure)?;
-        let rest = &self.text[self.at..];
-        let length = match first {
-            b']' | b'[' | b',' => return Err(Stop::Structure),
-            b'{' => 1,
-            b'"' => string_length(rest.as_bytes()).ok_or(Stop::Structure)?,
-            _ => {
-                let end = |byte: &u8| matches!(byte, b',' | b']' | b' ' | b'\n' | b'\r' | b'\t');
-                rest.as_bytes().iter().position(end).unwrap_or(rest.len())
-            }
-        };
-        self.at += length;
-        Ok(&rest[..length])
-    }
+/// The element that `text` begins with: of an object, which is none, the opening bracket.
+fn token(text: &str) -> &str {
+    let bytes = text.as_bytes();
+    let length = match bytes.first() {
+        Some(b'{') => Some(1),
+        Some(b'"') => string_length(bytes),
+        _ => number::end(bytes),
+    };
+    &text[..length.unwrap_or(text.len())]
 }
 
 /// Bytes of the string at the start of `text`, quotes included.

@@ -9,8 +9,8 @@ use half::{bf16, f16};
 use super::{DataType, Element};
 
 pub(super) trait Number: Element {
-    /// From a JSON number's text.
-    fn read(token: &str) -> Result<Self, ElementError>;
+    /// The JSON number that `text` begins with, and how many bytes it takes.
+    fn read(text: &str) -> Result<(Self, usize), ElementError>;
 
     /// From one of the strings that stand for what JSON has no number for, quotes included. Integers have none.
     fn named(_token: &str) -> Option<Self> {
@@ -36,13 +36,15 @@ pub enum ElementError {
 macro_rules! integers {
     ($($rust:ty),*) => {
         $(impl Number for $rust {
-            fn read(token: &str) -> Result<Self, ElementError> {
+            fn read(text: &str) -> Result<(Self, usize), ElementError> {
                 let dtype = Self::DTYPE;
+                let token = &text[..end(text.as_bytes()).unwrap_or(text.len())];
                 // Plain digits, which is nearly always; the rest is rare enough to be slow.
                 if let Ok(value) = token.parse() {
-                    return Ok(value);
+                    return Ok((value, token.len()));
                 }
-                Self::try_from(integer(token, dtype)?).map_err(|_| ElementError::Range { dtype })
+                let value = Self::try_from(integer(token, dtype)?).map_err(|_| ElementError::Range { dtype })?;
+                Ok((value, token.len()))
             }
         })*
     };
@@ -50,11 +52,14 @@ macro_rules! integers {
 integers!(u8, u16, u32, u64, i8, i16, i32, i64);
 
 macro_rules! floats {
-    ($($rust:ty: $read:expr),* $(,)?) => {
+    ($($rust:ty, by $by:ty: $narrowed:expr);* $(;)?) => {
         $(impl Number for $rust {
-            fn read(token: &str) -> Result<Self, ElementError> {
-                let read: fn(&str) -> Option<$rust> = $read;
-                read(token).filter(|value| value.is_finite()).ok_or(ElementError::Range { dtype: Self::DTYPE })
+            fn read(text: &str) -> Result<(Self, usize), ElementError> {
+                let narrowed: fn($by) -> $rust = $narrowed;
+                // A JSON number is a number here, too, and ends where it does there.
+                let read = fast_float2::parse_partial::<$by, _>(text).ok();
+                let read = read.map(|(value, length)| (narrowed(value), length));
+                read.filter(|(value, _)| value.is_finite()).ok_or(ElementError::Range { dtype: Self::DTYPE })
             }
 
             fn named(token: &str) -> Option<Self> {
@@ -65,10 +70,15 @@ macro_rules! floats {
     };
 }
 floats! {
-    f32: |token| token.parse().ok(),
-    f64: |token| token.parse().ok(),
-    f16: |token| token.parse().ok().map(f16::from_f64),
-    bf16: |token| token.parse().ok().map(bf16::from_f64),
+    f32, by f32: |value| value;
+    f64, by f64: |value| value;
+    f16, by f64: f16::from_f64;
+    bf16, by f64: bf16::from_f64;
+}
+
+/// Where the number, `true`, `false` or `null` ends that `text` begins with, if anything follows it.
+pub(super) fn end(text: &[u8]) -> Option<usize> {
+    text.iter().position(|byte| matches!(byte, b',' | b']' | b' ' | b'\n' | b'\r' | b'\t'))
 }
 
 /// The most digits an integer of interest has: 2^64 has 20.
@@ -116,7 +126,12 @@ mod tests {
     use super::*;
 
     fn one<T: Number>(text: &str) -> Result<T, ElementError> {
-        T::read(text)
+        for behind in ["", ",1", "]", " ,", "\n]", "\t", "\r\n"] {
+            let (read, longer) = (T::read(text), T::read(&format!("{text}{behind}")));
+            assert_eq!(read.map(|(_, length)| length), longer.map(|(_, length)| length), "{text}{behind}");
+            assert!(longer.is_err() || longer.is_ok_and(|(_, length)| length == text.len()), "{text}{behind}");
+        }
+        T::read(text).map(|(value, _)| value)
     }
 
     #[test]

@@ -67,6 +67,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("http_body_util", &["protocol", "cli/client/rest.rs", "cli/bench/echo.rs"]),
     ("bytes", &["tensor", "backend", "protocol", "server", "cli/client", "cli/bench"]),
     ("half", &["tensor", "backend", "monitor/distribution", "registry", "protocol", "cli/client/elements.rs"]),
+    ("fast_float2", &["tensor/number.rs"]),
     ("bytemuck", &["tensor", "backend/onnxruntime", "backend/candle"]),
 ];
 
