@@ -103,8 +103,10 @@ pub(super) fn malformed(error: serde_json::Error) -> Error {
 
 /// Counted in bytes, which many at a time are added up.
 fn brackets(text: &str) -> usize {
-    let opens = |byte: &u8| u8::from(matches!(byte, b'[' | b'{'));
-    text.as_bytes().chunks(usize::from(u8::MAX)).map(|part| usize::from(part.iter().map(opens).sum::<u8>())).sum()
+    let opens = |byte: u8| u8::from(matches!(byte, b'[' | b'{'));
+    // Wraps nowhere in so few bytes, but a check would add them up one by one.
+    let count = |part: &[u8]| usize::from(part.iter().fold(0u8, |sum, byte| sum.wrapping_add(opens(*byte))));
+    text.as_bytes().chunks(usize::from(u8::MAX)).map(count).sum()
 }
 
 /// Refuses nesting deeper than `max` before any parser works, or keeps books, on it.
