@@ -5,7 +5,7 @@ of two servers that take turns, round by round, under one client (`tidegate benc
 rounds' ratios with their interval at 95 %. What was measured is kept in target/bench-results.json as it comes, so that
 a run that was cut off goes on where it was; another binary or other models start afresh. docs/performance.md is written in the end.
 
-The engine's own figure is measured in the midst of every protocol's cells, since it has no rounds to be paired with.
+Against the ceiling, the engine alone takes turns with them in the layout that an exhaustive search found.
 """
 
 import argparse
@@ -187,8 +187,9 @@ def pair(effort, workload, protocol, clients, server, other=None, *more):
         *("--rounds", effort.rounds, "--duration", f"{round(1000 * effort.scale * workload.seconds)}ms"),
         *("--warm-up", f"{1 + 2 * workload.seconds}s"),
     )
-    ours, theirs = report["cells"][0]["sides"]
-    return {"ours": side(ours), "theirs": side(theirs)}
+    [cell] = report["cells"]
+    ours, theirs = cell["sides"]
+    return {"ours": side(ours), "theirs": side(theirs)} | ({"engine": alone(cell["engine"])} if "engine" in cell else {})
 
 
 def quiet_beside_greedy(effort, server):
@@ -225,13 +226,19 @@ def asking(server, workloads):
             stop(process)
 
 
-def engine_alone(effort, workload, batches=None, rounds=1):
-    """Every sensible batch × instances × threads of the engine without a server, or those of some batches."""
+def alone(engine):
+    """The engine's rounds beside the servers'."""
+    setting = {name: engine[name] for name in ("rows", "instances", "threads")}
+    rounds = {"rows_per_second": engine["rows_per_second"]["rounds"], "p50": engine["p50_ms"]["rounds"]}
+    return setting | rounds
+
+
+def engine_alone(effort, workload):
+    """Every sensible batch × instances × threads of the engine without a server."""
     report = bench(
-        *("--in-process", models.FOLDER / workload.model, "--rounds", rounds),
+        *("--in-process", models.FOLDER / workload.model, "--rounds", 1),
         *("--duration", f"{round(1000 * effort.scale * workload.seconds)}ms"),
         *(["--lengths", workload.lengths[0]] if workload.lengths[0] else []),
-        *(["--batches", ",".join(map(str, batches))] if batches else []),
     )
     [ceiling] = report["ceilings"]
     figures = {"rows_per_second": "rows_per_second", "p50": "p50_ms"}
@@ -240,11 +247,6 @@ def engine_alone(effort, workload, batches=None, rounds=1):
         | {name: cell[said]["median"] for name, said in figures.items()}
         for cell in ceiling["cells"]
     ]
-
-
-def same_setting(cells, wanted):
-    setting = lambda cell: (cell["rows"], cell["instances"], cell["threads"])  # noqa: E731
-    return next(cell for cell in cells if setting(cell) == setting(wanted))
 
 
 # --- what is measured --------------------------------------------------------------------------------
@@ -289,18 +291,22 @@ class Plan:
         seconds = self.effort.scale * workload.seconds
         key = f"engine/{workload.name}"
         yield Step(key, 18 * seconds + 2, lambda: engine_alone(self.effort, workload))
-
-        def again():
-            cells = self.results.measured[key]
-            wanted = {"best": ratios.best_cell(cells), "single": ratios.best_single(cells)}
-            batches = sorted({cell["rows"] for cell in wanted.values()})
-            again = engine_alone(self.effort, workload, batches, rounds=2)
-            return {name: same_setting(again, cell) for name, cell in wanted.items()}
-
         for protocol in self.effort.protocols:
-            cells = [self.compared("echo", workload, protocol, n, lambda: None) for n in self.effort.clients]
-            cells.insert(len(cells) // 2, Step(f"{key}/{protocol}", 12 * seconds + 2, again))
-            yield from cells
+            for clients in self.effort.clients:
+                yield self.of_ceiling(workload, protocol, clients)
+
+    def of_ceiling(self, workload, protocol, clients):
+        """Beside the echo, and the engine in its best layout: for a lone client, the one that answers one row soonest."""
+
+        def run():
+            cells = self.results.measured[f"engine/{workload.name}"]
+            best = ratios.best_single(cells) if clients == 1 else ratios.best_cell(cells)
+            layout = "x".join(str(best[name]) for name in ("rows", "instances", "threads"))
+            engine = ("--engine-of", models.FOLDER / workload.model, "--engine-layout", layout)
+            return pair(self.effort, workload, protocol, clients, self.tuned(), None, *engine)
+
+        seconds = 1.5 * self.cell_seconds(workload) + 2
+        return Step(f"echo/{workload.name}/{protocol}/{clients}", seconds, run)
 
     def compared(self, name, workload, protocol, clients, other):
         def run():

@@ -97,27 +97,19 @@ class Measured:
         cell = self.cell(kind, workload, "binary", clients)
         return cell and ratios.paired(cell["theirs"]["server_us"], cell["ours"]["server_us"])
 
-    def engine(self, workload, protocol, which, figure):
-        """As measured in the midst of the protocol's cells."""
-        again = self.measured.get(f"engine/{workload}/{protocol}")
-        return again and again[which][figure]
-
     def of_ceiling(self, workload, protocol, clients):
         """A lone client's ceiling is the layout that answers one row soonest."""
         cell = self.cell("echo", workload, protocol, clients)
-        if clients == 1:
-            p50 = self.engine(workload, protocol, "single", "p50")
-            engine = p50 and 1000 / p50
-        else:
-            engine = self.engine(workload, protocol, "best", "rows_per_second")
-        if cell and engine:
-            return ratios.of_ceiling(cell["ours"]["per_second"], engine, cell["theirs"]["per_second"])
-        return None
+        if not cell:
+            return None
+        engine = cell["engine"]
+        rates = [1000 / p50 for p50 in engine["p50"]] if clients == 1 else engine["rows_per_second"]
+        return ratios.of_ceiling(cell["ours"]["per_second"], rates, cell["theirs"]["per_second"])
 
     def of_single(self, workload, protocol):
         """The latency of a lone client over that of the engine's best layout for a lone row."""
-        cell, engine = self.cell("echo", workload, protocol, 1), self.engine(workload, protocol, "single", "p50")
-        return [p50 / engine for p50 in cell["ours"]["p50"]] if cell and engine else None
+        cell = self.cell("echo", workload, protocol, 1)
+        return cell and ratios.paired(cell["ours"]["p50"], cell["engine"]["p50"])
 
 
 def shown(samples, show=ratios.show):

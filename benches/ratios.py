@@ -39,8 +39,9 @@ def composed(*rates):
 
 
 def of_ceiling(ours, engine, transport):
-    """Ours over the ceiling composed of what the engine alone does, one figure, and the transport's round by round."""
-    return paired(ours, [composed(engine, rate) if rate > 0 else 0 for rate in transport])
+    """Ours over the ceiling composed of what the engine alone and the transport alone do, round by round."""
+    rates = zip(engine, transport, strict=True)
+    return paired(ours, [composed(*both) if min(both) > 0 else 0 for both in rates])
 
 
 def verdict(samples, bound, at_least=True):

@@ -188,6 +188,27 @@ fn servers_are_compared_round_by_round_and_the_page_needs_nothing_else() {
 }
 
 #[test]
+fn an_engine_takes_turns_with_a_server_on_the_same_rows() {
+    let engine: &[&str] = if without_onnxruntime() { &["--engine", "tract"] } else { &[] };
+    let models = Models::new().with("digits");
+    let server = TestServer::of(models.path()).start();
+    let place = place(&server);
+    let digits = models.path().join("digits");
+    let beside = ["--engine-of", digits.to_str().unwrap(), "--engine-layout", "4x1x1"];
+    let report = measured(&with(&place, &[&["-m", "digits", "-c", "1,2"], &beside[..], engine, &QUICK].concat()));
+    for cell in report["cells"].as_array().unwrap() {
+        let engine = &cell["engine"];
+        assert_eq!((&engine["rows"], &engine["instances"], &engine["threads"]), (&json!(4), &json!(1), &json!(1)));
+        assert_eq!(engine["rows_per_second"]["rounds"].as_array().unwrap().len(), 2);
+        assert!(number(&engine["rows_per_second"]["median"]) > number(&cell["sides"][0]["throughput"]["median"]));
+    }
+    let empty = tempfile::tempdir().unwrap();
+    let elsewhere = ["--engine-of", empty.path().to_str().unwrap(), "--engine-layout", "4x1x1"];
+    let refused = bench(&with(&place, &[&["-m", "digits"], &elsewhere[..], engine, &QUICK].concat()));
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+}
+
+#[test]
 fn the_echo_is_measured_alone_and_served_for_others() {
     let sizes = ["--request-bytes", "2KiB", "--response-bytes", "300KiB"];
     let report = measured(&[&["--echo", "-p", "json,binary,grpc", "-c", "2"][..], &sizes, &QUICK].concat());

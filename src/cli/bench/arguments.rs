@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 
 use super::arrivals::{MAX_RATE, Pattern};
 use super::data::{Drawing, Extents, Lengths};
-use super::in_process::Ceilings;
+use super::in_process::{Ceilings, Shape};
 use super::load::{Load, Method};
 use super::wire::Wire;
 use crate::cli::EngineArguments;
@@ -161,6 +161,13 @@ pub(in crate::cli) struct Arguments {
     /// With --in-process, the rows of batches; 1 alone where a model does not batch
     #[arg(long, value_name = "ROWS", value_delimiter = ',', default_value = "1,2,4,8,16,32")]
     batches: Vec<usize>,
+    /// Measure the engine alone, too, in turn with the servers, on what they are sent: --model as this registry or folder
+    /// has it, in the layout of --engine-layout
+    #[arg(long, value_name = "DIR", requires = "engine_layout", conflicts_with_all = ["in_process", "ramp"])]
+    pub(super) engine_of: Option<PathBuf>,
+    /// Rows of a batch, instances and threads of each: 8x2x1
+    #[arg(long, value_name = "ROWSxINSTANCESxTHREADS", requires = "engine_of")]
+    pub(super) engine_layout: Option<Shape>,
     #[command(flatten)]
     pub(super) engine: EngineArguments,
 }

@@ -1,9 +1,11 @@
 //! The ceiling: an engine alone, without queue, transport or server, for every sensible batch × instances × threads.
 //!
 //! A model is loaded as the server loads it, for each layout of the cores anew; then every instance runs one batch
-//! after the other on a thread of its own. Nothing is gathered or split.
+//! after the other on a thread of its own. Nothing is gathered or split. Or one layout takes turns with servers, on the
+//! rows that they are sent ([`Alone`]): what is compared with it was measured on the machine as it was then.
 
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
@@ -16,6 +18,7 @@ use super::arguments::Asked;
 use super::data::{Drawing, Lengths};
 use super::stats::{Estimate, histogram, millis};
 use super::table::{count, short};
+use super::wire::Item;
 use crate::backend::{Batch, Instance, Model};
 use crate::cli::columns::aligned;
 use crate::registry::{self, Facts, Random};
@@ -25,6 +28,8 @@ use crate::tensor::Tensor;
 const WARM_UP_RUNS: usize = 2;
 /// Different batches that an instance goes through in turn.
 const BATCHES: usize = 4;
+/// Rows, instances or threads.
+const MAX_OF_SHAPE: usize = 1024;
 /// With more cores than these, only powers of two of instances and threads are tried.
 const FEW_CORES: usize = 4;
 
@@ -158,6 +163,8 @@ impl Ceilings<'_> {
             let batch = |number| drawing.tensors(&model.signature().inputs, number, &mut random);
             drawn.push((0..BATCHES).map(batch).collect::<Result<Vec<_>>>()?);
         }
+        let drawn: Vec<Vec<Vec<&[Tensor]>>> =
+            drawn.iter().map(|batches| batches.iter().map(|batch| vec![&batch[..]]).collect()).collect();
         let mut rounds: Vec<Vec<Run>> = sizes.iter().map(|_| Vec::new()).collect();
         for round in 0..self.rounds {
             for ((rows, batches), runs) in sizes.iter().zip(&drawn).zip(&mut rounds) {
@@ -172,16 +179,7 @@ impl Ceilings<'_> {
             }
         }
         for (rows, runs) in sizes.iter().zip(&rounds) {
-            let estimate =
-                |of: &dyn Fn(&Run) -> f64| Estimate::of(runs.iter().map(of).collect()).context("there was no round");
-            ceiling.cells.push(Timed {
-                rows: *rows,
-                instances: count_of_instances,
-                threads,
-                rows_per_second: estimate(&|run| run.runs_per_second * *rows as f64)?,
-                p50_ms: estimate(&|run| millis(&run.times, 0.5))?,
-                p99_ms: estimate(&|run| millis(&run.times, 0.99))?,
-            });
+            ceiling.cells.push(Timed::of(*rows, (count_of_instances, threads), runs)?);
         }
         Ok(())
     }
@@ -229,6 +227,97 @@ impl Ceiling {
     }
 }
 
+/// What takes turns with servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    rows: usize,
+    instances: usize,
+    threads: usize,
+}
+
+impl FromStr for Shape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Shape, String> {
+        let numbers: Option<Vec<usize>> =
+            text.split('x').map(|part| part.parse().ok().filter(|n| (1..=MAX_OF_SHAPE).contains(n))).collect();
+        match numbers.as_deref() {
+            Some(&[rows, instances, threads]) => Ok(Shape { rows, instances, threads }),
+            _ => Err(format!(
+                "found `{text}`, expected rows x instances x threads, like 8x2x1, each 1 to {MAX_OF_SHAPE}"
+            )),
+        }
+    }
+}
+
+/// An engine in one layout, ready to run.
+pub(super) struct Alone {
+    shape: Shape,
+    instances: Vec<Box<dyn Instance>>,
+    /// Of so many rows, as jobs of one request each.
+    batches: Vec<Vec<Vec<Tensor>>>,
+}
+
+impl Alone {
+    /// `items`: what the servers are sent.
+    pub(super) fn load(config: &registry::Config, cores: usize, shape: Shape, items: &[Item]) -> Result<Alone> {
+        let Some(Item { model, version, .. }) = items.first() else { bail!("there is no request") };
+        let mut found = None;
+        registry::each_alone(config, cores, |facts, load| {
+            let wanted = *facts.name == **model && (version.is_empty() || *version == facts.id.to_string());
+            if wanted {
+                found = Some(Alone::of(facts, load, shape, items).with_context(|| format!("model `{model}`")));
+            }
+        })?;
+        found.with_context(|| format!("{} has no version of `{model}` that loads", config.root.display()))?
+    }
+
+    fn of(facts: &Facts, load: registry::Alone, shape: Shape, items: &[Item]) -> Result<Alone> {
+        let jobs = items.iter().filter(|item| *item.model == *facts.name).map(|item| inputs(facts, item));
+        let jobs = jobs.collect::<Result<Vec<_>>>()?;
+        let mut next = jobs.iter().cycle();
+        let batches = (0..BATCHES).map(|_| next.by_ref().take(shape.rows).cloned().collect()).collect();
+        let model = load(shape.threads).map_err(anyhow::Error::msg)?;
+        let instances = (0..shape.instances).map(|_| model.instance()).collect::<Result<_, _>>()?;
+        Ok(Alone { shape, instances, batches })
+    }
+
+    pub(super) fn round(&mut self, duration: Duration) -> Result<Run> {
+        let batches: Vec<Vec<&[Tensor]>> =
+            self.batches.iter().map(|jobs| jobs.iter().map(Vec::as_slice).collect()).collect();
+        run(&mut self.instances, &batches, duration)
+    }
+
+    pub(super) fn timed(&self, runs: &[Run]) -> Result<Timed> {
+        let Shape { rows, instances, threads } = self.shape;
+        Timed::of(rows, (instances, threads), runs)
+    }
+}
+
+/// A request's inputs, in the order of the model's.
+fn inputs(facts: &Facts, item: &Item) -> Result<Vec<Tensor>> {
+    let named = |name: &str| item.request.inputs.iter().find(|input| *input.name == *name);
+    let specs = facts.signature.inputs.iter();
+    specs
+        .map(|spec| Ok(named(&spec.name).with_context(|| format!("no input `{}`", spec.name))?.tensor.clone()))
+        .collect()
+}
+
+impl Timed {
+    fn of(rows: usize, (instances, threads): Layout, runs: &[Run]) -> Result<Timed> {
+        let estimate =
+            |of: &dyn Fn(&Run) -> f64| Estimate::of(runs.iter().map(of).collect()).context("there was no round");
+        Ok(Timed {
+            rows,
+            instances,
+            threads,
+            rows_per_second: estimate(&|run| run.runs_per_second * rows as f64)?,
+            p50_ms: estimate(&|run| millis(&run.times, 0.5))?,
+            p99_ms: estimate(&|run| millis(&run.times, 0.99))?,
+        })
+    }
+}
+
 /// Every way to use up to all cores; of many cores, those by powers of two.
 fn layouts(cores: usize) -> Vec<Layout> {
     let counts: Vec<usize> = (1..=cores).filter(|n| cores <= FEW_CORES || n.is_power_of_two() || *n == cores).collect();
@@ -237,13 +326,13 @@ fn layouts(cores: usize) -> Vec<Layout> {
 }
 
 /// What came of one round.
-struct Run {
+pub(super) struct Run {
     /// Of all instances together.
     runs_per_second: f64,
     times: Histogram<u64>,
 }
 
-fn run(instances: &mut [Box<dyn Instance>], batches: &[Vec<Tensor>], duration: Duration) -> Result<Run> {
+fn run(instances: &mut [Box<dyn Instance>], batches: &[Vec<&[Tensor]>], duration: Duration) -> Result<Run> {
     let barrier = Arc::new(Barrier::new(instances.len()));
     let outcomes: Vec<Result<Run>> = std::thread::scope(|scope| {
         let started: Vec<_> = instances
@@ -268,12 +357,16 @@ fn run(instances: &mut [Box<dyn Instance>], batches: &[Vec<Tensor>], duration: D
 }
 
 /// One instance's part.
-fn repeat(instance: &mut dyn Instance, batches: &[Vec<Tensor>], duration: Duration, barrier: &Barrier) -> Result<Run> {
-    let jobs: Vec<[&[Tensor]; 1]> = batches.iter().map(|batch| [&batch[..]]).collect();
-    let mut next = jobs.iter().cycle();
+fn repeat(
+    instance: &mut dyn Instance,
+    batches: &[Vec<&[Tensor]>],
+    duration: Duration,
+    barrier: &Barrier,
+) -> Result<Run> {
+    let mut next = batches.iter().cycle();
     let mut run = || -> Result<()> {
-        let job = next.next().context("there is no batch")?;
-        std::hint::black_box(instance.run(&Batch::new(job))?);
+        let jobs = next.next().context("there is no batch")?;
+        std::hint::black_box(instance.run(&Batch::new(jobs))?);
         Ok(())
     };
     // All come to the barrier, whatever happens.
@@ -295,6 +388,14 @@ fn repeat(instance: &mut dyn Instance, batches: &[Vec<Tensor>], duration: Durati
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shapes_are_three_numbers() {
+        assert_eq!("8x2x1".parse(), Ok(Shape { rows: 8, instances: 2, threads: 1 }));
+        for wrong in ["", "8", "8x2", "8x2x1x1", "0x1x1", "8x2x", "8 x 2 x 1", "1025x1x1", "-1x1x1"] {
+            assert!(wrong.parse::<Shape>().unwrap_err().contains("like 8x2x1"), "{wrong}");
+        }
+    }
 
     #[test]
     fn layouts_never_take_more_cores_than_there_are() {

@@ -13,6 +13,7 @@ use super::arguments::{Arguments, Asked, Remote, Slo};
 use super::connection::{Patience, several};
 use super::data;
 use super::echo::{self, Answers, Echo};
+use super::in_process::Alone;
 use super::load::{self, Load, Method, Outputs, Progress, Round, Span, Target};
 use super::ramp::Search;
 use super::report::{
@@ -36,6 +37,8 @@ pub(super) struct Measurement<'a> {
     sent: Vec<Sent>,
     /// For each wire, the servers that are measured in turn.
     wires: Vec<(Wire, Vec<(Role, Target)>)>,
+    /// Takes turns with them.
+    engine: Option<Alone>,
     /// Ends with the measurement.
     _echo: Option<Echo>,
     begun: Duration,
@@ -53,6 +56,7 @@ impl<'a> Measurement<'a> {
             servers: Vec::new(),
             sent: Vec::new(),
             wires: Vec::new(),
+            engine: None,
             _echo: None,
             begun: surroundings::now(),
         };
@@ -128,6 +132,10 @@ impl<'a> Measurement<'a> {
         }
         if arguments.echo {
             self.add_echo(&answers)?;
+        }
+        if let Some((root, shape)) = arguments.engine_of.as_ref().zip(arguments.engine_layout) {
+            let (config, cores) = arguments.engine.clone().registry(root.clone())?;
+            self.engine = Some(Alone::load(&config, cores, shape, &items)?);
         }
         Ok(())
     }
@@ -222,8 +230,9 @@ impl<'a> Measurement<'a> {
         Ok((Target { wire, address, host, items, order, expected: expected.into(), pid: remote.pid }, replies))
     }
 
-    pub(super) fn run(self, told: &mut Told) -> Result<Report> {
+    pub(super) fn run(mut self, told: &mut Told) -> Result<Report> {
         let (mut cells, mut ramps) = (Vec::new(), Vec::new());
+        let mut engine = self.engine.take();
         for (wire, sides) in &self.wires {
             if let Some(slo) = self.arguments.slo.filter(|_| self.arguments.ramp) {
                 for (role, target) in sides {
@@ -232,7 +241,7 @@ impl<'a> Measurement<'a> {
                 continue;
             }
             for load in &self.loads {
-                cells.push(self.cell(*wire, load, sides, told)?);
+                cells.push(self.cell(*wire, load, sides, engine.as_mut(), told)?);
             }
         }
         let environment = Environment::read(self.cores, self.begun);
@@ -247,7 +256,14 @@ impl<'a> Measurement<'a> {
         })
     }
 
-    fn cell(&self, wire: Wire, load: &Load, sides: &[(Role, Target)], told: &mut Told) -> Result<Cell> {
+    fn cell(
+        &self,
+        wire: Wire,
+        load: &Load,
+        sides: &[(Role, Target)],
+        mut engine: Option<&mut Alone>,
+        told: &mut Told,
+    ) -> Result<Cell> {
         let load_said = LoadSaid::from(load);
         let mut warm_ups = Vec::new();
         for (role, target) in sides {
@@ -263,6 +279,7 @@ impl<'a> Measurement<'a> {
             });
         }
         let span = Span::Measured { lead: LEAD, length: self.arguments.duration };
+        let mut runs = Vec::new();
         let mut rounds: Vec<Vec<Round>> = sides.iter().map(|_| Vec::new()).collect();
         for number in 0..self.arguments.rounds {
             for position in turn(sides.len(), number) {
@@ -276,7 +293,12 @@ impl<'a> Measurement<'a> {
                 );
                 rounds[position].push(self.round(target, load, span, number, &name, told)?);
             }
+            if let Some(engine) = &mut engine {
+                told.tell(&format!("the engine alone: round {} of {}", number + 1, self.arguments.rounds));
+                runs.push(engine.round(self.arguments.duration)?);
+            }
         }
+        let engine = engine.map(|engine| engine.timed(&runs)).transpose()?;
         let measured: Vec<Side> = sides
             .iter()
             .zip(warm_ups)
@@ -287,7 +309,7 @@ impl<'a> Measurement<'a> {
             [first, others @ ..] => others.iter().map(|other| Ratio::of(first, other)).collect(),
             [] => Vec::new(),
         };
-        Ok(Cell { protocol: wire, load: load_said, sides: measured, ratios })
+        Ok(Cell { protocol: wire, load: load_said, sides: measured, ratios, engine })
     }
 
     fn ramp(&self, wire: Wire, slo: Slo, role: Role, target: &Target, told: &mut Told) -> Result<Ramp> {

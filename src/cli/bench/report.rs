@@ -7,7 +7,7 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use super::arguments::Arguments;
-use super::in_process::Ceiling;
+use super::in_process::{Ceiling, Timed};
 use super::load::{Load, Method, Round};
 use super::stats::{self, Estimate, curve, millis};
 use super::wire::Wire;
@@ -112,6 +112,9 @@ pub(super) struct Cell {
     pub(super) load: LoadSaid,
     pub(super) sides: Vec<Side>,
     pub(super) ratios: Vec<Ratio>,
+    /// The engine alone, which took turns with the sides.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) engine: Option<Timed>,
 }
 
 #[derive(Clone, Debug, Serialize)]

@@ -30,6 +30,7 @@ pub(super) fn text(report: &Report) -> String {
         out.push_str(&sides(report));
     }
     out.push_str(&ratios(report));
+    out.push_str(&engines(report));
     out.push_str(&ramps(report));
     out.push_str(&report.ceilings.iter().map(Ceiling::text).collect::<Vec<_>>().join("\n"));
     out.push_str(&errors(report));
@@ -94,6 +95,24 @@ fn ratios(report: &Report) -> String {
         rows.iter_mut().for_each(|row| row.truncate(9));
     }
     format!("\n{}", aligned(&rows, true))
+}
+
+/// The engine alone, where it took turns with the servers.
+fn engines(report: &Report) -> String {
+    let heads = ["", "", "", "rows/s", "", "run p50 ms", "p99"];
+    let mut rows = vec![heads.map(String::from).to_vec()];
+    for (cell, engine) in report.cells.iter().filter_map(|cell| Some((cell, cell.engine.as_ref()?))) {
+        rows.push(vec![
+            cell.protocol.to_string(),
+            cell.load.text(),
+            format!("engine, {} rows, {} × {}", engine.rows, engine.instances, engine.threads),
+            count(engine.rows_per_second.median),
+            format!("{}–{}", count(engine.rows_per_second.low), count(engine.rows_per_second.high)),
+            short(engine.p50_ms.median),
+            short(engine.p99_ms.median),
+        ]);
+    }
+    if rows.len() == 1 { String::new() } else { format!("\n{}", aligned(&rows, true)) }
 }
 
 /// The curve that the search went along, by rate.
