@@ -253,8 +253,8 @@ fn notes(section: Section) -> &'static str {
              error is about 1e-16 (mean / standard deviation)^2.\n\
              - A row with a NaN has no class. A row with +Inf has a class but no confidence; -Inf is probability 0. \
              Strings that are not labels are counted only.\n\
-             - Of an output with more than 1024 elements in a batch, as many as a hundredth of the run's time is enough for, of one \
-             with more than 16384 no more than so many: rows (or elements) at even distances, beginning at another offset each \
+             - Of an output with more than 1024 elements in a batch, so many are looked at, or as many as a hundredth of the run's \
+             time is enough for, and of one with more than 16384 no more than so many: rows (or elements) at even distances, beginning at another offset each \
              time. Rows of more than 262144 classes are never looked at.\n\n"
         }
         Section::Requests | Section::Executions | Section::Models | Section::Process => "",

@@ -74,6 +74,8 @@ pub struct Loader {
     pub cores: usize,
     pub gate: Arc<Gate>,
     pub timing: Timing,
+    /// See [`super::Config::longest_inline`].
+    pub longest_inline: Option<Duration>,
 }
 
 /// A version in the cache, described but not loaded.
@@ -227,7 +229,7 @@ impl Loader {
         });
         let monitor = monitor.version(Arc::clone(&facts.name), facts.id, outputs.collect());
         let name = format!("{}/{}", facts.name, facts.id);
-        let config = scheduling(&facts);
+        let config = scheduling(&facts, self.longest_inline);
         let scheduler = Scheduler::new(name, groups, config, Arc::clone(&self.gate), Arc::clone(&monitor));
         Version { facts, scheduler, monitor, cached }
     }
@@ -555,7 +557,7 @@ fn tuned(config: &ModelConfig) -> bool {
     config.batching.tune.unwrap_or(scheduler::Config::default().tuned)
 }
 
-fn scheduling(facts: &Facts) -> scheduler::Config {
+fn scheduling(facts: &Facts, longest_inline: Option<Duration>) -> scheduler::Config {
     let (config, defaults) = (&facts.config, scheduler::Config::default());
     scheduler::Config {
         batching: facts.batching.enabled,
@@ -566,6 +568,7 @@ fn scheduling(facts: &Facts) -> scheduler::Config {
         max_delay: config.batching.max_delay.unwrap_or(defaults.max_delay),
         max_queue_requests: config.max_queue_requests.unwrap_or(defaults.max_queue_requests),
         max_queue_bytes: config.max_queue_bytes.unwrap_or(defaults.max_queue_bytes),
+        longest_inline: longest_inline.unwrap_or(defaults.longest_inline),
         ..defaults
     }
 }

@@ -99,6 +99,8 @@ pub struct Config {
     pub calibrate: bool,
     /// Where that is kept for the next start; nowhere otherwise.
     pub remember_in: Option<PathBuf>,
+    /// Of every version: see [`scheduler::Config::longest_inline`]; its default where `None`.
+    pub longest_inline: Option<Duration>,
     pub control: Control,
     /// How long the last requests of a retired version may take.
     pub drain_timeout: Duration,
@@ -211,6 +213,7 @@ impl Registry {
                 engines,
                 cores,
                 gate,
+                longest_inline: config.longest_inline,
             }),
             monitor,
             shared: Arc::clone(&shared),

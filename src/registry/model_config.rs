@@ -54,7 +54,7 @@ enabled = "auto"            # auto: batched if the file and the self-test at loa
 preferred_rows = 32         # what batches are filled up to at most
 tune = true                 # as far as that pays, by what runs cost; false: always, whatever it costs
 max_batch_size = 256        # the most rows one request may carry, batched or not; by default any number
-max_delay = "0"             # how long a request may wait for others to share its batch
+max_delay = "0"             # how long a request may wait for others to share its batch; 0: a twentieth of a long run, where that pays
 ragged = "auto"             # requests of different lengths in one batch. auto: where integer inputs and a mask suggest
                             # it and the self-test proves it; or false; or what shorter rows are filled up with along
                             # an axis, by input: { axis = 1, fill = { ids = 0, mask = 0 } }

@@ -60,7 +60,8 @@ pub fn each_alone(config: &Config, cores: usize, mut look: impl FnMut(&Facts, Al
     let engines = Engines::find(&config.engines).map_err(RegistryError::Engine)?;
     let cache = Arc::new(config.open_cache()?);
     let timing = config.timing(cores, &cache);
-    let loader = Loader { cache: Arc::clone(&cache), engines, cores, gate: Gate::new(cores), timing };
+    let loader =
+        Loader { cache: Arc::clone(&cache), engines, cores, gate: Gate::new(cores), timing, longest_inline: None };
     for found in scan.versions.values() {
         let Ok(facts) = one(&loader, found, CompareGoldens::IfConfigured).outcome else { continue };
         let Ok(staged) = loader.stage(found) else { continue };
@@ -85,7 +86,8 @@ pub(super) fn report_with(
 ) -> Result<Vec<Report>, RegistryError> {
     let cache = Arc::new(config.open_cache()?);
     let timing = config.timing(cores, &cache);
-    let loader = Loader { cache: Arc::clone(&cache), engines, cores, gate: Gate::new(cores), timing };
+    let loader =
+        Loader { cache: Arc::clone(&cache), engines, cores, gate: Gate::new(cores), timing, longest_inline: None };
     let reports = scan.versions.values().map(|found| one(&loader, found, goldens)).collect();
     cache.remove();
     Ok(reports)

@@ -2,7 +2,7 @@
 //!
 //! Callers that wait for their answers come back one by one after a batch. A worker that takes the first of them at once
 //! runs it alone, and the batches stay small for good, although a bigger one would cost each of them less. So the worker
-//! waits for a small part of what the run takes ([`PATIENCE`]) until as many are here as were lately, or as many as its
+//! waits for a small part of what the run that it hopes for takes ([`PATIENCE`]), until as many are here as were lately, or as many as its
 //! batch may have.
 //!
 //! Pure: no clock, no threads, no queue. What waiting cost and what it saved is counted: where it does not pay, as with callers
@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-/// Of the run that is to come.
+/// Of the run with all that might come.
 pub(super) const PATIENCE: f64 = 0.05;
 /// Shorter runs are not waited for: waking up takes as long.
 const SHORTEST: Duration = Duration::from_millis(2);

@@ -1,7 +1,7 @@
 //! Scheduling of one model version: requests are queued, batched and run by worker threads that pull.
 //!
 //! Owns the queue, the version's instances and its threads; knows nothing of protocols, registries or engines. Policy
-//! lives in [`batcher`], `cost`, `limit`, `fair` and [`threads`], which have neither clocks nor threads; this file is the
+//! lives in [`batcher`], `cost`, `limit`, `company`, `fair` and [`threads`], which have neither clocks nor threads; this file is the
 //! shell that callers see, `worker` the loop that runs.
 //!
 //! Invariants: a request leaves the queue exactly once, to a worker or because its caller stopped waiting. A job that
@@ -86,7 +86,8 @@ pub struct Config {
     pub tuned: bool,
     /// What batches, and the wait for them, must leave time for.
     pub latency_goal: Option<LatencyGoal>,
-    /// How long a request may wait for others to share its batch.
+    /// How long a request may wait for others to share its batch. Zero, tuned and without a goal: a small part of a long run,
+    /// where that pays (`company`).
     pub max_delay: Duration,
     pub max_queue_requests: usize,
     pub max_queue_bytes: usize,
@@ -219,12 +220,15 @@ struct State {
 
 /// A batch of fewer rows than there might be.
 struct Missing {
-    /// Of the head.
+    /// Of the head, as its length.
+    key: Key,
     length: Option<usize>,
     /// Rows of the head's kind that wait.
     here: usize,
     /// Rows that a worker could have.
     share: usize,
+    /// On their way.
+    workers: usize,
 }
 
 /// A group's wide instance.
@@ -385,18 +389,26 @@ impl State {
 
     /// The first group of those whose workers wait for a batch to fill, if they need not wait any longer.
     fn filled(&mut self, now: Instant) -> Option<usize> {
-        let group = self.slots.iter().position(|slots| slots.filling > 0)?;
-        (self.batcher.readiness(now) == Readiness::Ready && self.missing(group).is_none()).then_some(group)
+        if self.batcher.readiness(now) != Readiness::Ready {
+            return None;
+        }
+        (0..self.slots.len()).find(|group| self.slots[*group].filling > 0 && self.missing(*group).is_none())
     }
 
-    /// What each of the group's workers on their way could have, if those that were here lately came back; `None` where as
-    /// much is here.
+    /// What a worker of the group could have, and as much each of the others on their way, if those that were here lately
+    /// came back; `None` where as much is here.
     fn missing(&mut self, group: usize) -> Option<Missing> {
         let (head, here) = self.batcher.head()?;
-        let length = head.item.extent;
-        let Slots { most, heading, .. } = self.slots[group];
+        let (key, length) = (&head.key, head.item.extent);
+        let sum = |of: fn(&Slots) -> usize| self.slots.iter().map(of).sum::<usize>();
+        let (most, workers) = (sum(|slots| slots.most), sum(|slots| slots.heading).max(1));
         let share = self.limits[group].worth_waiting_for(length, self.company.share(most));
-        (share > 1 && here < share * heading).then_some(Missing { length, here, share })
+        (share > 1 && here < share * workers).then(|| Missing { key: key.clone(), length, here, share, workers })
+    }
+
+    /// Of the head's kind, if it is this one.
+    fn rows_of(&self, key: &Key) -> Option<usize> {
+        self.batcher.head().filter(|(head, _)| head.key == *key).map(|(_, rows)| rows)
     }
 }
 
@@ -452,8 +464,8 @@ impl Scheduler {
             limits,
             wide,
             crowded: None,
-            // A delay that was asked for is long enough.
-            company: Company::new(config.tuned && config.max_delay.is_zero()),
+            // A delay that was asked for is long enough, and a goal leaves no time for another.
+            company: Company::new(config.tuned && config.max_delay.is_zero() && config.latency_goal.is_none()),
             workers: 0,
             returning: 0,
             growing: false,

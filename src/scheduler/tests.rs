@@ -279,8 +279,8 @@ impl Bench {
         self.scheduler.join(Instant::now() + AGES).unwrap();
         let state = lock(&self.scheduler.shared.state);
         let counts = [state.workers, state.returning, state.running, state.inline, state.lent];
-        let rows = [state.running_rows, state.answering_rows];
-        assert_eq!((counts, rows, state.growing), ([0; 5], [0; 2], false), "a count is off");
+        let rows = [state.running_rows, state.answering, state.answering_rows];
+        assert_eq!((counts, rows, state.growing), ([0; 5], [0; 3], false), "a count is off");
         for (group, slots) in state.slots.iter().enumerate() {
             let counts = [slots.resting, slots.calls, slots.heading, slots.filling];
             assert_eq!(counts, [0; 4], "a count of group {group} is off");
@@ -1040,6 +1040,28 @@ async fn a_worker_waits_a_moment_for_those_that_were_here_together() {
     assert_eq!(values(last).await, [10.0], "what is closed waits for nobody");
     assert_eq!(together(&bench), 1, "the others stayed away");
     bench.join();
+}
+
+#[tokio::test]
+async fn company_is_shared_by_all_groups_and_a_goal_leaves_no_time_for_it() {
+    let goal = LatencyGoal { of_10_000: 9900, within: AGES };
+    for (groups, goal, waits) in [(1, None, true), (4, None, false), (1, Some(goal), false)] {
+        let script: Arc<Script> = Arc::default();
+        let one = || Group { costs: vec![cost(1, 1000), cost(4, 1600)], ..group(&script, 1, 1) };
+        let groups = std::iter::repeat_with(one).take(groups).collect();
+        let bench = Bench::with(&script, groups, Config { latency_goal: goal, ..Bench::config() });
+        let mut state = lock(&bench.scheduler.shared.state);
+        state.company.seen(4);
+        let now = Instant::now();
+        let (reply, _) = oneshot::channel();
+        let permit = bench.budget.admit(8, now).unwrap();
+        let Prepared { inputs, outputs, rows, key, length, deadline, priority } = Bench::prepared(&[1.0]);
+        let job =
+            Job { inputs, outputs, rows, length, extent: None, deadline, submitted: now, place: None, permit, reply };
+        state.batcher.push(Entry { key, priority, rows, full: 4, bytes: 8, arrived: now, item: job });
+        assert_eq!(state.missing(0).is_some(), waits, "{goal:?}");
+        drop(state.batcher.drain());
+    }
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::batcher::{Entry, Poll, Readiness};
 use super::gate::Turn;
-use super::{Answer, Job, Key, Missing, Room, Shared, State, Ticket, expired, lock};
+use super::{Answer, Job, Key, Room, Shared, State, Ticket, expired, lock};
 use crate::backend::{Batch, Instance, RunError, panic_text};
 use crate::error::{Error, Kind};
 use crate::monitor::events::{BatchExecuted, RunLearned};
@@ -71,8 +71,10 @@ struct Learned {
 #[derive(Clone, Copy)]
 struct Waited {
     took: Duration,
-    /// That were there before.
+    /// That were there before, for each of the workers on their way.
     rows: usize,
+    /// That came meanwhile, for each.
+    came: usize,
 }
 
 /// What a run did for its jobs.
@@ -265,12 +267,12 @@ impl Worker {
         let mut state = lock(&shared.state);
         self.count_out(&mut state);
         state.returning -= usize::from(std::mem::take(&mut self.returning));
-        let mut waited = false;
+        let mut had_company = false;
         loop {
             match state.batcher.readiness(Instant::now()) {
                 Readiness::Ready => {
                     self.set_heading(&mut state, true);
-                    if std::mem::replace(&mut waited, true) {
+                    if std::mem::replace(&mut had_company, true) {
                         return true;
                     }
                     state = self.wait_for_company(&shared, state);
@@ -281,6 +283,8 @@ impl Worker {
                 }
                 Readiness::Idle => {
                     self.set_heading(&mut state, false);
+                    // It waited for what others took.
+                    (had_company, self.waited) = (false, None);
                     if state.closed {
                         return false;
                     }
@@ -334,16 +338,25 @@ impl Worker {
         if state.closed {
             return state;
         }
-        let Some(Missing { length, here, share }) = state.missing(self.group) else { return state };
-        let expected = state.limits[self.group].costs().predict(share, length);
+        let Some(missing) = state.missing(self.group) else { return state };
+        let expected = state.limits[self.group].costs().predict(missing.share, missing.length);
         let Some(patience) = expected.and_then(|run| state.company.patience(run)) else { return state };
         let since = Instant::now();
-        while !state.closed && since.elapsed() < patience && state.missing(self.group).is_some() {
+        let mut here = missing.here;
+        while !state.closed && since.elapsed() < patience {
             state = self.wait_to_fill(shared, state, since + patience);
+            // What is urgent and of another kind has nothing to do with this wait.
+            let Some(now) = state.rows_of(&missing.key) else { break };
+            here = now;
+            if state.missing(self.group).is_none() {
+                break;
+            }
         }
         let rows = state.rows_here();
         state.company.waited(rows);
-        self.waited = Some(Waited { took: since.elapsed(), rows: here });
+        let each = |rows: usize| rows.div_ceil(missing.workers);
+        let came = each(here).saturating_sub(each(missing.here));
+        self.waited = Some(Waited { took: since.elapsed(), rows: each(missing.here), came });
         state
     }
 
@@ -431,9 +444,10 @@ impl Worker {
             state.running += taken.len();
             state.running_rows = state.running_rows.saturating_add(self.running_rows);
             state.slots[self.group].running += 1;
-            if let Some(Waited { took, rows }) = waited {
+            if let Some(Waited { took, rows, came }) = waited {
                 let longest = taken.iter().filter_map(|(_, entry)| entry.item.extent).max();
-                let more = self.running_rows.saturating_sub(rows);
+                // Less than came, where not all of it fits.
+                let more = self.running_rows.saturating_sub(rows).min(came);
                 let saved = state.limits[self.group].saved(longest, rows, more);
                 state.company.learn(took, saved);
             }

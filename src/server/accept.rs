@@ -37,8 +37,8 @@ pub struct ConnectionLimits {
 /// Most header fields of one request, and most bytes of its head.
 const MAX_HEADERS: usize = 100;
 const MAX_HEAD_BYTES: usize = 16 << 10;
-/// Bytes that HTTP/1 reads at once where they come fast, and writes: bodies in fewer steps than heads would need, and no more
-/// than a connection may cost while it idles.
+/// Bytes that HTTP/1 reads at once where they come fast, and writes: bodies in fewer steps than heads would need. A connection
+/// may cost two of them: one that it reads into, and one that a small body of an earlier read keeps.
 const MAX_BUFFER_BYTES: usize = 128 << 10;
 /// How long a connection may stay silent before HTTP/2 asks whether anybody is there, and how long it waits then.
 const PING_AFTER: Duration = Duration::from_secs(60);
@@ -234,11 +234,15 @@ impl Connection {
     }
 }
 
-/// As sent over HTTP/1, but for the first line's method and version.
+/// As sent over HTTP/1, but for what is read and forgotten: the version, a fragment, spaces, a length that is said twice. The
+/// buffer bounds these. hyper's own `max_header_size` is not offered by what tells the protocols apart.
 fn head_bytes<B>(request: &hyper::Request<B>) -> usize {
     const BETWEEN: usize = ": \r\n".len();
     let fields = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len() + BETWEEN);
-    request.uri().path_and_query().map_or(0, |target| target.as_str().len()) + fields.sum::<usize>()
+    let uri = request.uri();
+    let authority = uri.authority().map_or(0, |authority| authority.as_str().len());
+    let target = uri.path_and_query().map_or(0, |target| target.as_str().len());
+    request.method().as_str().len() + authority + target + fields.sum::<usize>()
 }
 
 /// As hyper answers what is larger than its buffer.

@@ -123,6 +123,8 @@ fn power(exponent: &str) -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn one<T: Number>(text: &str) -> Result<T, ElementError> {
@@ -187,6 +189,27 @@ mod tests {
         assert!(one::<f64>("1e999").is_err() && one::<f16>("65520").is_err() && one::<bf16>("3.4e38").is_err());
         assert!(one::<f64>(&format!("0.{}", "1".repeat(1_000_000))).is_ok());
         assert!(one::<f64>(&format!("1e{}", "9".repeat(1_000_000))).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn floats_are_read_as_the_standard_library_does(
+            text in r"-?(0|[1-9][0-9]{0,24})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?",
+            bits in any::<u32>(), wide in any::<u64>(), digits in 0usize..900,
+        ) {
+            // What was written from a float, the middle between it and the next one, and more digits than anybody needs.
+            let (value, double) = (f32::from_bits(bits), f64::from_bits(wide));
+            let middle = (f64::from(value) + f64::from(f32::from_bits(bits.wrapping_add(1)))) / 2.0;
+            let long = format!("{text}{}", if text.contains(['e', 'E', '.']) { String::new() } else { format!(".{}", "7".repeat(digits + 1)) });
+            let written = [value.to_string(), format!("{middle:.60}"), format!("{middle:e}"), double.to_string()];
+            for text in written.into_iter().chain([text, long]).filter(|text| !text.contains(['N', 'f'])) {
+                let (single, double): (f32, f64) = (text.parse().unwrap(), text.parse().unwrap());
+                let expected = single.is_finite().then_some(single.to_bits());
+                prop_assert_eq!(one::<f32>(&text).ok().map(f32::to_bits), expected, "{}", &text);
+                let expected = double.is_finite().then_some(double.to_bits());
+                prop_assert_eq!(one::<f64>(&text).ok().map(f64::to_bits), expected, "{}", &text);
+            }
+        }
     }
 
     #[test]

@@ -300,6 +300,9 @@ impl Arguments {
                 bail!("--rate is {rate}, expected more than 0 and at most {MAX_RATE}");
             }
         }
+        if self.engine_of.is_some() {
+            within("The number of models beside --engine-of", self.models.len(), 1, 1)?;
+        }
         self.batches.iter().try_for_each(|rows| within("--batches", *rows, 1, MAX_CALLERS))?;
         if self.models.is_empty() && !self.echo && self.in_process.is_none() {
             bail!("no --model, expected one; or --echo or --in-process alone");

@@ -275,6 +275,11 @@ impl Alone {
     fn of(facts: &Facts, load: registry::Alone, shape: Shape, items: &[Item]) -> Result<Alone> {
         let jobs = items.iter().filter(|item| *item.model == *facts.name).map(|item| inputs(facts, item));
         let jobs = jobs.collect::<Result<Vec<_>>>()?;
+        let shapes = |job: &[Tensor]| job.iter().map(|input| input.shape().clone()).collect::<Vec<_>>();
+        let one_row = jobs.iter().flatten().all(|input| input.shape().rows() == Some(1));
+        if shape.rows > 1 && !(one_row && jobs.iter().all(|job| shapes(job) == shapes(&jobs[0]))) {
+            bail!("requests differ in shape or have several rows, expected one row each and one shape for all");
+        }
         let mut next = jobs.iter().cycle();
         let batches = (0..BATCHES).map(|_| next.by_ref().take(shape.rows).cloned().collect()).collect();
         let model = load(shape.threads).map_err(anyhow::Error::msg)?;

@@ -118,6 +118,8 @@ fn heads_are_bounded_and_well_formed() {
         Case::http("A9", "a header of 16 KiB", request("GET /v2", &[("X", &over)], b""), &[431]).bare(),
         Case::http("A9", "a header of 20 KiB", request("GET /v2", &[("X", &long)], b""), &[431]).bare(),
         Case::http("A9", "10 000 cookies", request("GET /v2", &cookies, b""), &[431]).bare(),
+        Case::http("A10", "a host of 16 KiB", line(&format!("GET http://{over}/v2 HTTP/1.1")), &[400, 414, 431]).bare(),
+        Case::http("A10", "a method of 16 KiB", line(&format!("{over} /v2 HTTP/1.1")), &[400, 405, 431]).bare(),
         Case::http("A10", "a path of 16 KiB", get(&format!("/v2/{over}")), &[414, 431]).bare(),
         Case::http("A10", "a path of 70 000 bytes", get(&format!("/v2/{}", "a".repeat(70_000))), &[414, 431]).bare(),
         Case::http("A13", "HTTP/0.9", "GET /v2\r\n", &[400, 505]).bare(),
