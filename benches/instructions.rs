@@ -1,8 +1,8 @@
 //! Instructions a request, where times would tell of the neighbours: a guard for the hot path.
 //!
 //! `make instructions` runs this binary under valgrind, which tells what was executed from each request to the next, on
-//! all threads. Whether a request is handed to a worker depends on the time that others took, so the figure is the
-//! least of many requests: what one costs that nothing disturbs. The engine answers at once and one caller asks, so
+//! all threads. Every request runs on its caller's thread, however long it takes here, so that the same is counted each
+//! time, what monitoring does behind it too; the figure is the least of many requests. The engine answers at once and one caller asks, so
 //! that what is counted is the server's own work. Counts belong to a compiler and to the features that valgrind's
 //! processor has: the file they are held against, benches/instructions.txt, is of x86-64 and is written anew with the
 //! compiler (`BLESS=1`).
