@@ -254,7 +254,7 @@ fn notes(section: Section) -> &'static str {
              - A row with a NaN has no class. A row with +Inf has a class but no confidence; -Inf is probability 0. \
              Strings that are not labels are counted only.\n\
              - Of an output with more than 1024 elements in a batch, so many are looked at, or as many as a hundredth of the run's \
-             time is enough for, and of one with more than 16384 no more than so many: rows (or elements) at even distances, beginning at another offset each \
+             time is enough for, and of one with more than 16384 no more than so many: rows (or elements, values 16 side by side) at even distances, beginning at another offset each \
              time. Rows of more than 262144 classes are never looked at.\n\n"
         }
         Section::Requests | Section::Executions | Section::Models | Section::Process => "",

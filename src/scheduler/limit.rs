@@ -188,11 +188,11 @@ impl Limits {
     /// What a run of `rows` and `more` takes less than a run of `rows`, and the others in one of their own or in one that
     /// takes as long a row as this: they would share it with those that come next.
     pub fn saved(&self, length: Option<usize>, rows: usize, more: usize) -> Duration {
-        let takes = |rows| self.costs.predict(rows, length).unwrap_or_default();
-        let alone = takes(rows);
         if more == 0 {
             return Duration::ZERO;
         }
+        let takes = |rows| self.costs.predict(rows, length).unwrap_or_default();
+        let alone = takes(rows);
         let others = takes(more).min(alone.mul_f64(more as f64 / rows.max(1) as f64));
         (alone + others).saturating_sub(takes(rows + more))
     }

@@ -389,10 +389,9 @@ impl State {
 
     /// The first group of those whose workers wait for a batch to fill, if they need not wait any longer.
     fn filled(&mut self, now: Instant) -> Option<usize> {
-        if self.batcher.readiness(now) != Readiness::Ready {
-            return None;
-        }
-        (0..self.slots.len()).find(|group| self.slots[*group].filling > 0 && self.missing(*group).is_none())
+        let mut groups = 0..self.slots.len();
+        let group = groups.find(|group| self.slots[*group].filling > 0 && self.missing(*group).is_none())?;
+        (self.batcher.readiness(now) == Readiness::Ready).then_some(group)
     }
 
     /// What a worker of the group could have, and as much each of the others on their way, if those that were here lately
