@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 
 use super::arrivals::{MAX_RATE, Pattern};
 use super::data::{Drawing, Extents, Lengths};
-use super::in_process::{Ceilings, Shape};
+use super::in_process::{Ceilings, Setting};
 use super::load::{Load, Method};
 use super::wire::Wire;
 use crate::cli::EngineArguments;
@@ -167,7 +167,7 @@ pub(in crate::cli) struct Arguments {
     pub(super) engine_of: Option<PathBuf>,
     /// Rows of a batch, instances and threads of each: 8x2x1
     #[arg(long, value_name = "ROWSxINSTANCESxTHREADS", requires = "engine_of")]
-    pub(super) engine_layout: Option<Shape>,
+    pub(super) engine_layout: Option<Setting>,
     #[command(flatten)]
     pub(super) engine: EngineArguments,
 }

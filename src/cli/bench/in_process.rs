@@ -29,7 +29,7 @@ const WARM_UP_RUNS: usize = 2;
 /// Different batches that an instance goes through in turn.
 const BATCHES: usize = 4;
 /// Rows, instances or threads.
-const MAX_OF_SHAPE: usize = 1024;
+const MAX_OF_SETTING: usize = 1024;
 /// With more cores than these, only powers of two of instances and threads are tried.
 const FEW_CORES: usize = 4;
 
@@ -76,6 +76,11 @@ pub(super) struct Ceilings<'a> {
 /// Instances and threads.
 type Layout = (usize, usize);
 
+/// `version`: of any, if empty.
+fn is_of(facts: &Facts, model: &str, version: &str) -> bool {
+    *facts.name == *model && (version.is_empty() || version == facts.id.to_string())
+}
+
 impl Ceilings<'_> {
     pub(super) fn measure(&self, config: &registry::Config, cores: usize, told: &mut Told) -> Result<Vec<Ceiling>> {
         let mut ceilings = Vec::new();
@@ -93,10 +98,7 @@ impl Ceilings<'_> {
     }
 
     fn wants(&self, facts: &Facts) -> bool {
-        let named = |asked: &Asked| {
-            *asked.name == *facts.name && (asked.version.is_empty() || asked.version == facts.id.to_string())
-        };
-        self.models.is_empty() || self.models.iter().any(named)
+        self.models.is_empty() || self.models.iter().any(|asked| is_of(facts, &asked.name, &asked.version))
     }
 
     /// A ceiling for each length that was listed.
@@ -229,22 +231,22 @@ impl Ceiling {
 
 /// What takes turns with servers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(super) struct Setting {
     rows: usize,
     instances: usize,
     threads: usize,
 }
 
-impl FromStr for Shape {
+impl FromStr for Setting {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Shape, String> {
+    fn from_str(text: &str) -> Result<Setting, String> {
         let numbers: Option<Vec<usize>> =
-            text.split('x').map(|part| part.parse().ok().filter(|n| (1..=MAX_OF_SHAPE).contains(n))).collect();
+            text.split('x').map(|part| part.parse().ok().filter(|n| (1..=MAX_OF_SETTING).contains(n))).collect();
         match numbers.as_deref() {
-            Some(&[rows, instances, threads]) => Ok(Shape { rows, instances, threads }),
+            Some(&[rows, instances, threads]) => Ok(Setting { rows, instances, threads }),
             _ => Err(format!(
-                "found `{text}`, expected rows x instances x threads, like 8x2x1, each 1 to {MAX_OF_SHAPE}"
+                "found `{text}`, expected rows x instances x threads, like 8x2x1, each 1 to {MAX_OF_SETTING}"
             )),
         }
     }
@@ -252,7 +254,7 @@ impl FromStr for Shape {
 
 /// An engine in one layout, ready to run.
 pub(super) struct Alone {
-    shape: Shape,
+    setting: Setting,
     instances: Vec<Box<dyn Instance>>,
     /// Of so many rows, as jobs of one request each.
     batches: Vec<Vec<Vec<Tensor>>>,
@@ -260,31 +262,30 @@ pub(super) struct Alone {
 
 impl Alone {
     /// `items`: what the servers are sent.
-    pub(super) fn load(config: &registry::Config, cores: usize, shape: Shape, items: &[Item]) -> Result<Alone> {
+    pub(super) fn load(config: &registry::Config, cores: usize, setting: Setting, items: &[Item]) -> Result<Alone> {
         let Some(Item { model, version, .. }) = items.first() else { bail!("there is no request") };
         let mut found = None;
         registry::each_alone(config, cores, |facts, load| {
-            let wanted = *facts.name == **model && (version.is_empty() || *version == facts.id.to_string());
-            if wanted {
-                found = Some(Alone::of(facts, load, shape, items).with_context(|| format!("model `{model}`")));
+            if is_of(facts, model, version) {
+                found = Some(Alone::of(facts, load, setting, items).with_context(|| format!("model `{model}`")));
             }
         })?;
         found.with_context(|| format!("{} has no version of `{model}` that loads", config.root.display()))?
     }
 
-    fn of(facts: &Facts, load: registry::Alone, shape: Shape, items: &[Item]) -> Result<Alone> {
+    fn of(facts: &Facts, load: registry::Alone, setting: Setting, items: &[Item]) -> Result<Alone> {
         let jobs = items.iter().filter(|item| *item.model == *facts.name).map(|item| inputs(facts, item));
         let jobs = jobs.collect::<Result<Vec<_>>>()?;
         let shapes = |job: &[Tensor]| job.iter().map(|input| input.shape().clone()).collect::<Vec<_>>();
         let one_row = jobs.iter().flatten().all(|input| input.shape().rows() == Some(1));
-        if shape.rows > 1 && !(one_row && jobs.iter().all(|job| shapes(job) == shapes(&jobs[0]))) {
+        if setting.rows > 1 && !(one_row && jobs.iter().all(|job| shapes(job) == shapes(&jobs[0]))) {
             bail!("requests differ in shape or have several rows, expected one row each and one shape for all");
         }
         let mut next = jobs.iter().cycle();
-        let batches = (0..BATCHES).map(|_| next.by_ref().take(shape.rows).cloned().collect()).collect();
-        let model = load(shape.threads).map_err(anyhow::Error::msg)?;
-        let instances = (0..shape.instances).map(|_| model.instance()).collect::<Result<_, _>>()?;
-        Ok(Alone { shape, instances, batches })
+        let batches = (0..BATCHES).map(|_| next.by_ref().take(setting.rows).cloned().collect()).collect();
+        let model = load(setting.threads).map_err(anyhow::Error::msg)?;
+        let instances = (0..setting.instances).map(|_| model.instance()).collect::<Result<_, _>>()?;
+        Ok(Alone { setting, instances, batches })
     }
 
     pub(super) fn round(&mut self, duration: Duration) -> Result<Run> {
@@ -294,7 +295,7 @@ impl Alone {
     }
 
     pub(super) fn timed(&self, runs: &[Run]) -> Result<Timed> {
-        let Shape { rows, instances, threads } = self.shape;
+        let Setting { rows, instances, threads } = self.setting;
         Timed::of(rows, (instances, threads), runs)
     }
 }
@@ -395,10 +396,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shapes_are_three_numbers() {
-        assert_eq!("8x2x1".parse(), Ok(Shape { rows: 8, instances: 2, threads: 1 }));
+    fn settings_are_three_numbers() {
+        assert_eq!("8x2x1".parse(), Ok(Setting { rows: 8, instances: 2, threads: 1 }));
         for wrong in ["", "8", "8x2", "8x2x1x1", "0x1x1", "8x2x", "8 x 2 x 1", "1025x1x1", "-1x1x1"] {
-            assert!(wrong.parse::<Shape>().unwrap_err().contains("like 8x2x1"), "{wrong}");
+            assert!(wrong.parse::<Setting>().unwrap_err().contains("like 8x2x1"), "{wrong}");
         }
     }
 

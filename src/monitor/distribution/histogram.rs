@@ -15,17 +15,12 @@ impl Histogram {
     }
 
     pub(super) fn add(&mut self, value: f64) {
-        self.count(value);
+        // The first bucket whose upper bound is not below the value; at most `bounds.len()`, the last index.
+        self.counts[self.bounds.partition_point(|bound| *bound < value)] += 1;
         self.add_to_sum(value);
     }
 
-    /// Without its part of the sum, which [`Histogram::add_to_sum`] takes for many values together.
-    #[inline]
-    pub(super) fn count(&mut self, value: f64) {
-        // The first bucket whose upper bound is not below the value; at most `bounds.len()`, the last index.
-        self.counts[self.bounds.partition_point(|bound| *bound < value)] += 1;
-    }
-
+    /// Of values that were counted in their buckets already.
     pub(super) fn add_to_sum(&mut self, sum: f64) {
         self.sum.add(sum);
     }

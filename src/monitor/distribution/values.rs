@@ -10,9 +10,38 @@ use crate::tensor::Tensor;
 /// Larger magnitudes count as infinite: their squares would overflow and spoil the moments for good.
 const LARGEST: f64 = 1e150;
 
-/// Elements that lie side by side are looked at together: of a large output each that lies alone would be waited for, since
-/// its caller has the answer by then and the caches have something else.
+/// Elements that lie side by side are looked at together: of a large output each that lies alone would be waited for,
+/// since its caller has the answer by then and the caches have something else.
 const BLOCK: usize = 16;
+
+/// Bits of an f64 below its sign and exponent.
+const FRACTION_BITS: u32 = f64::MANTISSA_DIGITS - 1;
+
+/// By sign and exponent, the bucket of the least value that has them: no binary power holds more than a bound or two.
+static FIRST_BUCKETS: [u8; 1 << (u64::BITS - FRACTION_BITS)] = {
+    let mut first = [0; 1 << (u64::BITS - FRACTION_BITS)];
+    let mut head = 0;
+    while head < first.len() {
+        let (nearest_zero, farthest) = ((head as u64) << FRACTION_BITS, (1 << FRACTION_BITS) - 1);
+        let negative = head >= first.len() / 2;
+        let least = f64::from_bits(if negative { nearest_zero | farthest } else { nearest_zero });
+        while (first[head] as usize) < VALUE_BUCKETS.len() && VALUE_BUCKETS[first[head] as usize] < least {
+            first[head] += 1;
+        }
+        head += 1;
+    }
+    first
+};
+
+/// The first bucket whose upper bound is not below the value; at most the number of bounds. Of finite values.
+#[inline]
+fn bucket(value: f64) -> usize {
+    let mut bucket = usize::from(FIRST_BUCKETS[(value.to_bits() >> FRACTION_BITS) as usize]);
+    while VALUE_BUCKETS.get(bucket).is_some_and(|bound| *bound < value) {
+        bucket += 1;
+    }
+    bucket
+}
 
 #[derive(Clone)]
 pub(super) struct Values {
@@ -44,15 +73,17 @@ impl Visit for Fold<'_> {
         let blocks = elements.chunks(BLOCK);
         let sample = Sample::new(blocks.len(), look.most / BLOCK, look.turn);
         let (mut sum, mut squares, mut seen) = (0.0, 0.0, 0);
-        for element in sample.of(blocks).flatten() {
-            seen += 1;
-            let value = read(*element);
-            if value.abs() <= LARGEST {
-                values.histogram.count(value);
-                sum += value;
-                squares += value * value;
-            } else {
-                tally.add_unusable(value);
+        for block in sample.of(blocks) {
+            seen += block.len();
+            for element in block {
+                let value = read(*element);
+                if value.abs() <= LARGEST {
+                    values.histogram.counts[bucket(value)] += 1;
+                    sum += value;
+                    squares += value * value;
+                } else {
+                    tally.add_unusable(value);
+                }
             }
         }
         values.histogram.add_to_sum(sum);
@@ -83,6 +114,18 @@ mod tests {
         let found_variance = d.squares().unwrap() / n - found_mean * found_mean;
         assert!((found_mean / mean - 1.0).abs() < 1e-12);
         assert!((found_variance / variance - 1.0).abs() < 1e-6, "{found_variance} {variance}");
+    }
+
+    #[test]
+    fn every_bound_and_its_neighbours_are_found_in_their_buckets() {
+        let edges = VALUE_BUCKETS.iter().flat_map(|bound| [bound.next_down(), *bound, bound.next_up()]);
+        let powers = (-500..500).map(|power| 2f64.powi(power));
+        for value in edges.chain(powers).chain([LARGEST, f64::MIN_POSITIVE, f64::from_bits(1)]) {
+            for value in [value, -value] {
+                let expected = VALUE_BUCKETS.partition_point(|bound| *bound < value);
+                assert_eq!(bucket(value), expected, "{value:e}");
+            }
+        }
     }
 
     #[test]
