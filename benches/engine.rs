@@ -23,30 +23,38 @@ const CORES: usize = 2;
 pub struct Served {
     pub engine: Arc<Engine>,
     _phase: watch::Sender<Phase>,
+    _folder: tempfile::TempDir,
 }
 
 /// A request of any size is its caller's own run, however long that takes under valgrind: which thread runs it must not
 /// depend on the time.
 const LONGEST_INLINE: Duration = Duration::from_secs(60);
 
-/// The fake stands where ONNX Runtime would; the file only has to be an ONNX model.
 pub fn serve(fake: Fake) -> Served {
-    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/traps/sentinel/1/model.onnx").into();
+    serve_with(fake, "", Monitor::new())
+}
+
+/// `settings`: a `model.toml`. The fake stands where ONNX Runtime would; the file only has to be an ONNX model.
+pub fn serve_with(fake: Fake, settings: &str, monitor: Arc<Monitor>) -> Served {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("sentinel");
+    std::fs::create_dir_all(model.join("1")).unwrap();
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/traps/sentinel/1/model.onnx");
+    std::fs::copy(file, model.join("1/model.onnx")).unwrap();
+    std::fs::write(model.join("model.toml"), settings).unwrap();
     let config = Config {
-        root,
-        model_name: "sentinel".into(),
+        root: folder.path().into(),
         temp_dir: std::env::temp_dir(),
         longest_inline: Some(LONGEST_INLINE),
         ..Config::default()
     };
     let engines = Engines::only(Arc::new(fake));
-    let monitor = Monitor::new();
     let registry = Registry::start_with(config, engines, CORES, Gate::new(CORES), Arc::clone(&monitor)).unwrap();
     registry.wait_loaded();
     let (phase, phases) = watch::channel(Phase::Ready);
     let engine =
         Engine::new(registry, monitor, BudgetConfig::default(), Duration::MAX, phases, Pool::new(CORES).unwrap());
-    Served { engine: Arc::new(engine), _phase: phase }
+    Served { engine: Arc::new(engine), _phase: phase, _folder: folder }
 }
 
 fn row() -> Tensor {

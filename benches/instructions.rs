@@ -2,10 +2,10 @@
 //!
 //! `make instructions` runs this binary under valgrind, which tells what was executed from each request to the next, on
 //! all threads. Every request runs on its caller's thread, however long it takes here, so that the same is counted each
-//! time, what monitoring does behind it too; the figure is the least of many requests. The engine answers at once and one caller asks, so
-//! that what is counted is the server's own work. Counts belong to a compiler and to the features that valgrind's
-//! processor has: the file they are held against, benches/instructions.txt, is of x86-64 and is written anew with the
-//! compiler (`BLESS=1`).
+//! time, what monitoring does behind it too; the figure is the least of many requests. The engine answers at once and
+//! one caller asks, so that what is counted is the server's own work. Counts belong to a compiler and to the features
+//! that valgrind's processor has: the file they are held against, benches/instructions.txt, is of x86-64 and is written
+//! anew with the compiler (`BLESS=1`).
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use tidegate::backend::fake::Fake;
+use tidegate::monitor::Monitor;
 use tokio::runtime::Runtime;
 
-use crate::engine::{WIDTH, infer, request, serve};
+use crate::engine::{WIDTH, infer, request, serve_with};
 use crate::grpc;
 use crate::rest::{self, Form};
 
@@ -33,7 +34,9 @@ const ROWS: usize = 128;
 type Scenario = (&'static str, fn(&Runtime));
 
 const SCENARIOS: &[Scenario] = &[
-    ("engine", through_engine),
+    ("engine", |runtime| through_engine(runtime, "", true)),
+    ("engine, unbatched", |runtime| through_engine(runtime, "batching = false", true)),
+    ("engine, unmonitored", |runtime| through_engine(runtime, "", false)),
     ("rest binary", |runtime| through_rest(runtime, 1, Form::Binary, Form::Binary)),
     ("rest json", |runtime| through_rest(runtime, 1, Form::Json, Form::Json)),
     ("rest json in, 128 rows", |runtime| through_rest(runtime, ROWS, Form::Json, Form::Binary)),
@@ -42,9 +45,9 @@ const SCENARIOS: &[Scenario] = &[
     ("grpc typed, 128 rows", |runtime| through_grpc(runtime, ROWS, false)),
 ];
 
-fn through_engine(runtime: &Runtime) {
+fn through_engine(runtime: &Runtime, settings: &str, monitored: bool) {
     let fake = Fake::echo(WIDTH);
-    let served = serve(fake.clone());
+    let served = serve_with(fake.clone(), settings, Monitor::measuring(monitored));
     repeat(|| runtime.block_on(infer(&served.engine, request(&fake))));
 }
 

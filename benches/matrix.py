@@ -46,6 +46,9 @@ class Workload:
     model: str
     lengths: tuple = (None,)  # tokens of a request, in turn
     seconds: float = 0.4  # of a round: long enough for some tens of requests
+    # Of requests that short, so many rounds of half the length for one where two servers are compared: what tells them
+    # apart is less than the machine's phases, which last longer than a round.
+    finer: int = 1
 
     def data(self):
         """A folder with one request a file."""
@@ -64,12 +67,12 @@ class Workload:
 
 
 WORKLOADS = [
-    Workload("mlp", "mlp", seconds=0.3),
-    Workload("digits_cnn", "digits_cnn", seconds=0.3),
+    Workload("mlp", "mlp", seconds=0.3, finer=3),
+    Workload("digits_cnn", "digits_cnn", seconds=0.3, finer=3),
     Workload("encoder_32", "encoder", (32,), seconds=0.5),
     Workload("encoder_128", "encoder", (128,), seconds=0.8),
     Workload("mobilenet", "mobilenet", seconds=0.5),
-    Workload("identity_1mib", "identity_1mib", seconds=0.3),
+    Workload("identity_1mib", "identity_1mib", seconds=0.3, finer=3),
 ]
 # Only against batching switched off and the best fixed setting: what changes there is how requests share batches.
 MIXED = Workload("encoder_mixed", "encoder", (8, 24, 48, 100, 16, 128, 12, 64), seconds=0.6)
@@ -83,6 +86,10 @@ class Effort:
     protocols: tuple
     clients: tuple
     starts: int
+
+    def finer(self, times):
+        """So many rounds of half the length for one."""
+        return self if times == 1 else dataclasses.replace(self, rounds=times * self.rounds, scale=self.scale / 2)
 
 
 FULL = Effort(11, 1.0, tuple(WORKLOADS), PROTOCOLS, CLIENTS, 5)
@@ -280,9 +287,9 @@ class Plan:
         if any(workload.model == MIXED.model for workload in self.effort.workloads):
             yield from self.comparisons(MIXED)
 
-    def cell_seconds(self, workload):
+    def cell_seconds(self, workload, effort):
         # A round has a lead of 0.2 s; warming up takes some windows of as much.
-        return 2 * (self.effort.rounds * (self.effort.scale * workload.seconds + 0.22) + 1)
+        return 2 * (effort.rounds * (effort.scale * workload.seconds + 0.22) + 1)
 
     def tuned(self):
         return self.servers.get("tuned")
@@ -305,14 +312,16 @@ class Plan:
             engine = ("--engine-of", models.FOLDER / workload.model, "--engine-layout", layout)
             return pair(self.effort, workload, protocol, clients, self.tuned(), None, *engine)
 
-        seconds = 1.5 * self.cell_seconds(workload) + 2
+        seconds = 1.5 * self.cell_seconds(workload, self.effort) + 2
         return Step(f"echo/{workload.name}/{protocol}/{clients}", seconds, run)
 
     def compared(self, name, workload, protocol, clients, other):
-        def run():
-            return pair(self.effort, workload, protocol, clients, self.tuned(), other())
+        effort = self.effort.finer(workload.finer)
 
-        return Step(f"{name}/{workload.name}/{protocol}/{clients}", self.cell_seconds(workload), run)
+        def run():
+            return pair(effort, workload, protocol, clients, self.tuned(), other())
+
+        return Step(f"{name}/{workload.name}/{protocol}/{clients}", self.cell_seconds(workload, effort), run)
 
     def comparisons(self, workload):
         """What does not depend on the protocol, over the one that costs the client least."""

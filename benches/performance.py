@@ -56,7 +56,7 @@ def where(about):
     return (
         f"{about['cpu']}, {about['cores']} cores, {about['memory'] / (1 << 30):.0f} GiB, Linux {about['kernel']}; "
         f"Tidegate {about['tidegate']} at {about['revision']}, {about['rustc']}, ONNX Runtime {about['onnxruntime']}; "
-        f"{about['date']}, {about['rounds']} rounds a cell. Client and servers share the cores."
+        f"{about['date']}, at least {about['rounds']} rounds a cell. Client and servers share the cores."
     )
 
 
