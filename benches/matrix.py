@@ -3,7 +3,8 @@
 `make bench`; `QUICK=1` is a glance at every part of it, `FRESH=1` forgets what was measured before. Every comparison is
 of two servers that take turns, round by round, under one client (`tidegate bench`): what is told are medians of the
 rounds' ratios with their interval at 95 %. What was measured is kept in target/bench-results.json as it comes, so that
-a run that was cut off goes on where it was; another binary or other models start afresh. docs/performance.md is written in the end.
+a run that was cut off goes on where it was; another binary or other models start afresh. docs/performance.md is written
+in the end.
 
 Against the ceiling, the engine alone takes turns with them in the layout that an exhaustive search found.
 """
@@ -23,7 +24,7 @@ import time
 import models
 import performance
 import ratios
-from serving import BINARY, REPOSITORY, Server, before_others, environment, say, stop
+from serving import BINARY, REPOSITORY, Server, before_others, environment, never_waiting, say, set_priority, stop
 
 TARGET = REPOSITORY / "target"
 RESULTS, RESULTS_QUICK = TARGET / "bench-results.json", TARGET / "bench-results-quick.json"
@@ -199,8 +200,12 @@ def pair(effort, workload, protocol, clients, server, other=None, *more):
     return {"ours": side(ours), "theirs": side(theirs)} | ({"engine": alone(cell["engine"])} if "engine" in cell else {})
 
 
-def quiet_beside_greedy(effort, server):
-    """A model that is asked now and then, alone and while two others are asked without end."""
+def quiet_beside_greedy(effort, server, at_once=False):
+    """A model that is asked now and then, alone and while two others are asked without end.
+
+    `at_once`: neither its client nor what serves it waits for the kernel to give it a core: what is left is the
+    server's own doing.
+    """
     quiet, greedy = WORKLOADS[1], (WORKLOADS[2], WORKLOADS[4])
     asked = ["--url", server.url, "--protocol", "binary"]
     now_and_then = ["--rate", QUIET_RATE, "--rounds", 1, "--warm-up", "0s"]
@@ -208,7 +213,8 @@ def quiet_beside_greedy(effort, server):
     sides = {"alone": [], "beside": []}
     for number in range(effort.rounds):
         for where in ("alone", "beside") if number % 2 else ("beside", "alone"):
-            with asking(server, greedy if where == "beside" else ()):
+            serving = never_waiting(server.pid, ("io", quiet.model)) if at_once else contextlib.nullcontext()
+            with asking(server, greedy if where == "beside" else ()), serving:
                 report = bench(*asked, *now_and_then, "--model", quiet.model, "--data", quiet.data(), "--seed", number)
             sides[where] += side(report["cells"][0]["sides"][0])["p99"]
     return sides
@@ -284,6 +290,9 @@ class Plan:
             yield from self.comparisons(workload)
         seconds = self.effort.rounds * (2 * QUIET_SECONDS * self.effort.scale + 2.5)
         yield Step("fair/quiet beside two greedy", seconds, lambda: quiet_beside_greedy(self.effort, self.tuned()))
+        if set_priority(0, 1) and set_priority(0, 0):
+            at_once = lambda: quiet_beside_greedy(self.effort, self.tuned(), at_once=True)  # noqa: E731
+            yield Step("fair/the same at real-time priority", seconds, at_once)
         if any(workload.model == MIXED.model for workload in self.effort.workloads):
             yield from self.comparisons(MIXED)
 

@@ -163,6 +163,17 @@ def starting(m, about):
     return table(head, rows) + f"\nThe binary: {sizes}, without ONNX Runtime's library.\n"
 
 
+def company(m):
+    rows = []
+    for key, fair in m.measured.items():
+        if key.startswith("fair/"):
+            alone, beside = (f"{statistics.median(fair[where]):.3g} ms" for where in ("alone", "beside"))
+            ratio = ratios.show(ratios.paired(fair["beside"], fair["alone"]))
+            rows.append([key.removeprefix("fair/"), alone, beside, ratio])
+    head = ["digits_cnn at 50/s, 16 clients at each of the others", "p99 alone", "beside", "ratio"]
+    return table(head, rows) if rows else ""
+
+
 # --- targets -----------------------------------------------------------------------------------------
 
 
@@ -267,6 +278,7 @@ def matrix(about, measured):
         ("Chosen by itself, over the best fixed setting, REST, binary", against("fixed")),
         ("Monitoring, over none, REST, binary", against("unmonitored")),
         ("Start and memory", starting(m, about)),
+        ("In company", company(m)),
     ]
     return "\n".join((f"### {title}\n\n" if title else "") + text for title, text in parts if text)
 

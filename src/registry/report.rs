@@ -58,17 +58,14 @@ pub fn each_alone(config: &Config, cores: usize, mut look: impl FnMut(&Facts, Al
         return Err(folder.empty(&scan).into());
     }
     let engines = Engines::find(&config.engines).map_err(RegistryError::Engine)?;
-    let cache = Arc::new(config.open_cache()?);
-    let timing = config.timing(cores, &cache);
-    let loader =
-        Loader { cache: Arc::clone(&cache), engines, cores, gate: Gate::new(cores), timing, longest_inline: None };
+    let loader = loader(config, engines, cores)?;
     for found in scan.versions.values() {
         let Ok(facts) = one(&loader, found, CompareGoldens::IfConfigured).outcome else { continue };
         let Ok(staged) = loader.stage(found) else { continue };
         look(&facts, &|threads| loader.load_alone(found, &staged, threads).map_err(|failure| failure.to_string()));
         loader.discard_staged(staged);
     }
-    cache.remove();
+    loader.cache.remove();
     Ok(())
 }
 
@@ -84,13 +81,17 @@ pub(super) fn report_with(
     scan: Scan,
     goldens: CompareGoldens,
 ) -> Result<Vec<Report>, RegistryError> {
+    let loader = loader(config, engines, cores)?;
+    let reports = scan.versions.values().map(|found| one(&loader, found, goldens)).collect();
+    loader.cache.remove();
+    Ok(reports)
+}
+
+/// With a gate and a cache of its own, which is to be removed.
+fn loader(config: &Config, engines: Engines, cores: usize) -> Result<Loader, RegistryError> {
     let cache = Arc::new(config.open_cache()?);
     let timing = config.timing(cores, &cache);
-    let loader =
-        Loader { cache: Arc::clone(&cache), engines, cores, gate: Gate::new(cores), timing, longest_inline: None };
-    let reports = scan.versions.values().map(|found| one(&loader, found, goldens)).collect();
-    cache.remove();
-    Ok(reports)
+    Ok(Loader { cache, engines, cores, gate: Gate::new(cores), timing, longest_inline: None })
 }
 
 fn one(loader: &Loader, found: &Discovered, goldens: CompareGoldens) -> Report {

@@ -144,6 +144,7 @@ def test_the_page_tells_every_measurement_and_its_target():
     assert f"latency over the best layout's | {6.0 / 5.9:.2f} (1.02–1.02) | ≤ 1.1 | met |" in page
     assert "p99 over alone | 2.00 (2.00–2.00) | ≤ 1.5 | missed |" in page
     assert "| 285/s | 2 × 1, 8 rows | 5.9 ms | 1: 8.3 ms, 2: 5.9 ms |" in page
+    assert "| quiet beside two greedy | 2 ms | 4 ms | 2.00 (2.00–2.00) |" in page
     assert "| examples | 500 ms | 200 ms | 64 MiB | 32 MiB | +0 MiB |" in page
     for title in ("Targets", "Batching, over none", "Monitoring, over none", "Chosen by itself"):
         assert f"### {title}" in page

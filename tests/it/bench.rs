@@ -195,7 +195,12 @@ fn an_engine_takes_turns_with_a_server_on_the_same_rows() {
     let place = place(&server);
     let digits = models.path().join("digits");
     let beside = ["--engine-of", digits.to_str().unwrap(), "--engine-layout", "4x1x1"];
-    let report = measured(&with(&place, &[&["-m", "digits", "-c", "1,2"], &beside[..], engine, &QUICK].concat()));
+    let folder = tempfile::tempdir().unwrap();
+    let page = folder.path().join("report.html");
+    let told = ["--html", page.to_str().unwrap()];
+    let asked = [&["-m", "digits", "-c", "1,2"], &beside[..], engine, &told, &QUICK].concat();
+    let report = measured(&with(&place, &asked));
+    assert!(std::fs::read_to_string(page).unwrap().contains("<h2>The engine alone, in turns with the servers</h2>"));
     for cell in report["cells"].as_array().unwrap() {
         let engine = &cell["engine"];
         assert_eq!((&engine["rows"], &engine["instances"], &engine["threads"]), (&json!(4), &json!(1), &json!(1)));

@@ -53,6 +53,7 @@ pub(super) fn page(report: &Report) -> String {
         percentiles(report),
         ratios(report),
         cells(report),
+        engines(report),
         failures(report),
         ceilings(report),
         facts(report),
@@ -398,6 +399,28 @@ fn cells(report: &Report) -> String {
         ]);
     }
     section("All measurements", table(&heads, 3, &rows))
+}
+
+/// The engine alone, where it took turns with the servers.
+fn engines(report: &Report) -> String {
+    let row = |cell: &Cell| {
+        let engine = cell.engine.as_ref()?;
+        Some(vec![
+            cell.protocol.to_string(),
+            cell.load.text(),
+            format!("{} × {}", engine.instances, engine.threads),
+            engine.rows.to_string(),
+            with_interval(Some(&engine.rows_per_second)),
+            with_interval(Some(&engine.p50_ms)),
+            with_interval(Some(&engine.p99_ms)),
+        ])
+    };
+    let rows: Vec<_> = report.cells.iter().filter_map(row).collect();
+    if rows.is_empty() {
+        return String::new();
+    }
+    let heads = ["protocol", "load", "instances × threads", "rows", "rows/s", "run p50 ms", "p99"];
+    section("The engine alone, in turns with the servers", table(&heads, 3, &rows))
 }
 
 fn failures(report: &Report) -> String {
