@@ -78,8 +78,8 @@ class Running:
         self.url, self.grpc = (f"{scheme}://127.0.0.1:{port}" for scheme, port in zip(("http", "grpc"), ports))
         self.log = log
         self.process = subprocess.Popen(
-            [installed(peer), "-B", peer.script, registry, *map(str, ports)],
-            cwd=PEERS,
+            [installed(peer), "-B", PEERS / peer.script, registry, *map(str, ports)],
+            cwd=ENVIRONMENTS,  # some leave things behind
             stdin=subprocess.DEVNULL,
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,

@@ -289,6 +289,10 @@ fn an_objective_that_cannot_be_met_is_missed_and_the_search_for_it_ends() {
 #[derive(Clone, Copy)]
 enum Does {
     Answer,
+    /// In chunks behind an early head, with a trailer.
+    AnswerInParts,
+    /// With a body that ends where the connection does.
+    AnswerAndClose,
     Refuse,
     Close,
     Babble,
@@ -344,6 +348,17 @@ fn serve(
         }
         let answer = match does(requests.fetch_add(1, Ordering::SeqCst)) {
             Does::Answer => format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{BODY}", BODY.len()),
+            Does::AnswerInParts => {
+                let (one, other) = BODY.split_at(20);
+                let chunk = |part: &str, more: &str| format!("{:x}{more}\r\n{part}\r\n", part.len());
+                let chunks = chunk(one, ";name=value") + &chunk(other, "") + "0\r\nchecksum: 1\r\n\r\n";
+                let early = "HTTP/1.1 103 Early Hints\r\nlink: <a>\r\n\r\n";
+                format!("{early}HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}")
+            }
+            Does::AnswerAndClose => {
+                let _ = writer.write_all(format!("HTTP/1.1 200 OK\r\n\r\n{BODY}").as_bytes());
+                return None;
+            }
             Does::Refuse => "HTTP/1.1 503 Busy\r\ncontent-length: 4\r\n\r\nbusy".into(),
             Does::Close => return None,
             Does::Babble => "whatever\r\n\r\n".into(),
@@ -399,6 +414,23 @@ fn errors_are_counted_by_kind() {
     assert_eq!(side["errors"][0]["first"], "busy");
     assert!(side["answers"].as_u64().unwrap() > 0);
     report("3s", "1000000", 0);
+}
+
+#[test]
+fn answers_are_read_to_their_end_however_that_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = request(folder.path());
+    let ways = |number| match number % 4 {
+        1 | 2 => Does::AnswerInParts,
+        3 => Does::AnswerAndClose,
+        _ => Does::Answer,
+    };
+    let url = format!("http://{}", stub(ways, || Duration::ZERO));
+    let arguments = ["-m", "m", "-u", &url, "-p", "json", "--data", &data, "-c", "2"];
+    let report = measured(&[&arguments[..], &QUICK].concat());
+    let side = &report["cells"][0]["sides"][0];
+    assert_eq!(side["errors"], json!([]), "{side}");
+    assert!(side["answers"].as_u64().unwrap() >= 4, "{side}");
 }
 
 #[test]

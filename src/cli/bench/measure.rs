@@ -133,9 +133,9 @@ impl<'a> Measurement<'a> {
         if arguments.echo {
             self.add_echo(&answers)?;
         }
-        if let Some((root, shape)) = arguments.engine_of.as_ref().zip(arguments.engine_layout) {
+        if let Some((root, setting)) = arguments.engine_of.as_ref().zip(arguments.engine_layout) {
             let (config, cores) = arguments.engine.clone().registry(root.clone())?;
-            self.engine = Some(Alone::load(&config, cores, shape, &items)?);
+            self.engine = Some(Alone::load(&config, cores, setting, &items)?);
         }
         Ok(())
     }
