@@ -3,9 +3,10 @@
 //! Pure: no clock, no threads, no queue. One [`Limits`] for each layout that a version runs in.
 //!
 //! A batch of the rows that wait is cut to the smallest size whose rows a second are within [`SLACK`] of the best that
-//! these rows allow: where a bigger batch costs more per row, it stops growing. Nothing known: batches are filled up.
-//! Sizes beyond the largest known one are entered one doubling at a time, while the last one paid. Neighbours of the size
-//! in use are tried again now and then, for at most [`TRIED`] of the time that runs take, and only with rows that wait anyway.
+//! these rows allow, or to one row within [`ALONE_SLACK`]: where a bigger batch costs more per row, it stops growing.
+//! Nothing known: batches are filled up. Sizes beyond the largest known one are entered one doubling at a time, while the
+//! last one paid. Neighbours of the size in use are tried again now and then, for at most [`TRIED`] of the time that runs
+//! take, and only with rows that wait anyway.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,6 +16,9 @@ use super::cost::{CostModel, Curve, OLD, Sample, class, size};
 
 /// Rows a second that are given up for a smaller batch, which answers earlier.
 const SLACK: f64 = 0.02;
+/// The same for batches of one row, which copy nothing: times of runs that wait for memory scatter by more than what two
+/// rows seem to save.
+const ALONE_SLACK: f64 = 0.04;
 /// The same while other versions compute, where the run takes longer than [`SLICE`].
 const SHARING_SLACK: f64 = 0.10;
 /// What a run takes that keeps nobody waiting.
@@ -261,7 +265,8 @@ fn best_of(curve: &Curve, most: usize, slack: f64) -> usize {
     let whole = curve.at(most).filter(|_| most <= edge).map(|seconds| (most, seconds));
     let candidates = || curve.known().filter(|(rows, _)| *rows < most).chain(whole);
     let best = candidates().map(|(rows, seconds)| rate(rows, seconds)).fold(0.0, f64::max);
-    let good = |(rows, seconds): &(usize, f64)| rate(*rows, *seconds) >= (1.0 - slack) * best;
+    let slack = |rows: usize| if rows == 1 { slack.max(ALONE_SLACK) } else { slack };
+    let good = |(rows, seconds): &(usize, f64)| rate(*rows, *seconds) >= (1.0 - slack(*rows)) * best;
     if most > edge && grows(curve, best) {
         return most.min(edge * 2);
     }
