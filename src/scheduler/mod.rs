@@ -1,7 +1,7 @@
 //! Scheduling of one model version: requests are queued, batched and run by worker threads that pull.
 //!
 //! Owns the queue, the version's instances and its threads; knows nothing of protocols, registries or engines. Policy
-//! lives in [`batcher`], `cost`, `limit`, `company`, `fair` and [`threads`], which have neither clocks nor threads; this file is the
+//! lives in [`batcher`], `cost`, `limit`, `company`, `layout`, `fair` and [`threads`], which have neither clocks nor threads; this file is the
 //! shell that callers see, `worker` the loop that runs.
 //!
 //! Invariants: a request leaves the queue exactly once, to a worker or because its caller stopped waiting. A job that
@@ -27,12 +27,14 @@ mod cost;
 mod fair;
 mod gate;
 mod inline;
+mod layout;
 mod limit;
 #[cfg(test)]
 mod tests;
 mod threads;
 mod worker;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -52,6 +54,7 @@ use company::Company;
 use cost::CostModel;
 use fair::Room;
 use inline::{Inline, Pace, Quickness};
+use layout::Contest;
 use limit::{Limits, Queued, Sealing};
 use worker::{Positions, Worker, blame};
 
@@ -64,12 +67,6 @@ pub const DEFAULT_PREFERRED_ROWS: usize = 32;
 pub const DEFAULT_MAX_QUEUE_REQUESTS: usize = 1024;
 pub const DEFAULT_MAX_QUEUE_BYTES: usize = 512 << 20;
 pub const DEFAULT_LINGER: Duration = Duration::from_secs(10);
-/// A run on several threads takes less than this part of the time of one on fewer, or it is not worth their cores.
-const WIDE_SAVES: f64 = 0.95;
-/// Lone runs until one is made in the layout that seems slower, since what was measured at load may have been disturbed.
-/// Each trial doubles them, and a layout that turns out to be faster begins anew.
-const FIRST_TRIAL: u32 = 8;
-const MOST_UNTIL_TRIAL: u32 = 8192;
 /// A thread's other connections wait for such a run.
 pub const DEFAULT_LONGEST_INLINE: Duration = Duration::from_micros(50);
 
@@ -236,36 +233,10 @@ struct WideSlot {
     /// `None` while it runs, and for good after a panic.
     instance: Option<Box<dyn Instance>>,
     cores: usize,
+    /// As measured at load.
     costs: CostModel,
-    trials: Trials,
-}
-
-/// When a lone run is made in the layout that seems slower.
-struct Trials {
-    /// The layout on all cores seemed the faster one.
-    pays: bool,
-    interval: u32,
-    left: u32,
-}
-
-impl Trials {
-    fn new() -> Trials {
-        Trials { pays: true, interval: FIRST_TRIAL, left: FIRST_TRIAL }
-    }
-
-    /// For a lone run, whether it is one.
-    fn due(&mut self, pays: bool) -> bool {
-        if pays != std::mem::replace(&mut self.pays, pays) {
-            *self = Trials { pays, ..Trials::new() };
-        }
-        self.left -= 1;
-        if self.left > 0 {
-            return false;
-        }
-        self.interval = (self.interval * 2).min(MOST_UNTIL_TRIAL);
-        self.left = self.interval;
-        true
-    }
+    /// By [`layout::key`].
+    contests: BTreeMap<(usize, usize), Contest>,
 }
 
 /// A group's places for instances, and what its workers are at.
@@ -353,22 +324,21 @@ impl State {
         self.limits[group].seal(&queued)
     }
 
-    /// The group's wide instance and its threads, if that answers this job sooner, or is to be tried: it is the only one
-    /// here, and was for two such runs. Whoever is second would wait for all cores at once.
-    fn take_wide(&mut self, group: usize, job: &Job, now: Instant) -> Option<(Box<dyn Instance>, usize)> {
-        if !self.is_alone() {
-            return None;
-        }
+    /// The job is the only one here, and was for two such runs: whoever is second would wait for all cores at once.
+    fn is_lone(&self, group: usize, job: &Job, now: Instant) -> bool {
+        let usual = self.limits[group].costs().predict(job.rows, job.extent);
+        let long_ago = |crowded| usual.is_some_and(|usual| now.saturating_duration_since(crowded) > 2 * usual);
+        self.is_alone() && self.crowded.is_none_or(long_ago)
+    }
+
+    /// The group's wide instance and its threads, if that is to answer this lone job.
+    fn take_wide(&mut self, group: usize, job: &Job) -> Option<(Box<dyn Instance>, usize)> {
         let wide = self.wide[group].as_mut()?;
-        let narrow = self.limits[group].costs().predict(job.rows, job.extent)?;
-        let expected = wide.costs.predict(job.rows, job.extent)?;
-        let alone = self.crowded.is_none_or(|crowded| now.saturating_duration_since(crowded) > 2 * expected);
-        if !alone {
-            return None;
-        }
-        let pays = expected < narrow.mul_f64(WIDE_SAVES);
-        let trial = wide.trials.due(pays);
-        Some((wide.instance.take_if(|_| pays != trial)?, wide.cores))
+        let usual = self.limits[group].costs().predict(job.rows, job.extent)?;
+        let on_all = wide.costs.predict(job.rows, job.extent)?;
+        let begin = || Contest::new(on_all < usual.mul_f64(layout::SAVES));
+        let contest = wide.contests.entry(layout::key(job.rows, job.extent)).or_insert_with(begin);
+        Some((wide.instance.take_if(|_| contest.chooses_wide())?, wide.cores))
     }
 
     /// Rows that wait or run; those that hear their answer by now do neither.
@@ -450,7 +420,7 @@ impl Scheduler {
                 instance: Some(instance),
                 cores,
                 costs: CostModel::new(&costs),
-                trials: Trials::new(),
+                contests: BTreeMap::new(),
             }));
             engines.push(Engine { model, cores, work: Condvar::new(), filling: Condvar::new() });
             instances.push((place, instance));

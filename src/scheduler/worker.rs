@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::batcher::{Entry, Poll, Readiness};
 use super::gate::Turn;
-use super::{Answer, Job, Key, Room, Shared, State, Ticket, expired, lock};
+use super::{Answer, Job, Key, Room, Shared, State, Ticket, WideSlot, expired, layout, lock};
 use crate::backend::{Batch, Instance, RunError, panic_text};
 use crate::error::{Error, Kind};
 use crate::monitor::events::{BatchExecuted, RunLearned};
@@ -45,6 +45,8 @@ pub(super) struct Worker {
     running_rows: usize,
     /// On loan for one turn, with its threads.
     wide: Option<(Box<dyn Instance>, usize)>,
+    /// What it has taken is alone here, and decides which layout such requests get.
+    lone: bool,
     /// Before the batch that it takes next.
     waited: Option<Waited>,
     /// When it began to wait for its turn.
@@ -199,6 +201,7 @@ impl Worker {
             running: 0,
             running_rows: 0,
             wide: None,
+            lone: false,
             waited: None,
             turn_asked: Instant::now(),
             learned: None,
@@ -398,9 +401,16 @@ impl Worker {
 
     fn learn(&self, state: &mut State, Learned { rows, extent, compute, wide }: Learned) {
         let limits = &mut state.limits[self.group];
-        match (wide, &mut state.wide[self.group]) {
-            (Some(_), Some(wide)) => wide.costs.learn(rows, extent, compute),
-            _ => limits.learn(rows, extent, compute, self.turn_asked.elapsed()),
+        if self.lone
+            && let Some(WideSlot { contests, .. }) = &mut state.wide[self.group]
+            && let Some(contest) = contests.get_mut(&layout::key(rows, extent))
+            && let Some(usual) = limits.costs().predict(rows, extent)
+        {
+            // The lengths of a key's runs differ a little.
+            contest.learn(wide.is_some(), compute.as_secs_f64() / usual.as_secs_f64());
+        }
+        if wide.is_none() {
+            limits.learn(rows, extent, compute, self.turn_asked.elapsed());
         }
         let max_delay = self.shared.config.max_delay;
         if self.shared.config.latency_goal.is_some() && !max_delay.is_zero() && !state.closed {
@@ -451,10 +461,13 @@ impl Worker {
                 let saved = state.limits[self.group].saved(longest, rows, more);
                 state.company.learn(took, saved);
             }
+            self.lone = false;
             if let [(_, entry)] = &taken[..]
                 && !self.lent
+                && state.is_lone(self.group, &entry.item, now)
             {
-                self.wide = state.take_wide(self.group, &entry.item, now);
+                self.lone = true;
+                self.wide = state.take_wide(self.group, &entry.item);
             }
             shared.emit_queue(&state);
         }
