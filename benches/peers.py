@@ -9,6 +9,7 @@ from: PyTriton brings an interpreter of its own, which does not start with the l
 import collections
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -67,7 +68,9 @@ def installed(peer):
 
 
 def last_line(text):
-    return (text.strip().splitlines() or ["it says nothing"])[-1][:200]
+    """The last one with a word in it."""
+    said = [line.strip() for line in text.splitlines() if re.search(r"[a-zA-Z]{2}", line)]
+    return (said or ["it says nothing"])[-1][:200]
 
 
 class Running:

@@ -10,6 +10,7 @@ from support import REPOSITORY, Server, json_outputs
 sys.path.insert(0, str(REPOSITORY / "benches"))
 
 import models  # noqa: E402
+import peers  # noqa: E402
 import performance  # noqa: E402
 import ratios  # noqa: E402
 
@@ -172,3 +173,8 @@ def test_the_page_has_a_place_for_every_part():
     page = (REPOSITORY / "docs/performance.md").read_text()
     for part in ("matrix", "peers"):
         assert page.count(f"<!-- {part}: written by make -->\n") == page.count(f"<!-- end of {part} -->") == 1
+
+
+def test_a_peer_that_failed_is_told_by_its_last_words():
+    assert peers.last_line("Traceback\n  ValueError: no port\n  }\n;\n\n") == "ValueError: no port"
+    assert peers.last_line("\n") == "it says nothing"
