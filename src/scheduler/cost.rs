@@ -91,9 +91,7 @@ impl CostModel {
     }
 
     pub fn learn(&mut self, rows: usize, length: Option<usize>, compute: Duration) {
-        let curve = self.curves.entry(class(length)).or_default();
-        let stretch = size(rows) as f64 / rows.max(1) as f64 * stretch(length);
-        curve.learn(size(rows), compute.as_secs_f64() * stretch);
+        self.curves.entry(class(length)).or_default().learn(size(rows), seconds(rows, length, compute));
     }
 
     /// `None` where nothing is known.
@@ -131,6 +129,11 @@ impl CostModel {
         };
         self.curves.iter().flat_map(of).collect()
     }
+}
+
+/// Of a run of the largest that are of its size and class, going by this one: these can be compared with each other.
+pub fn seconds(rows: usize, length: Option<usize>, compute: Duration) -> f64 {
+    compute.as_secs_f64() * size(rows) as f64 / rows.max(1) as f64 * stretch(length)
 }
 
 /// From a run of this length to one of its bucket's longest.

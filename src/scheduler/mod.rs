@@ -326,8 +326,8 @@ impl State {
 
     /// The job is the only one here, and was for two such runs: whoever is second would wait for all cores at once.
     fn is_lone(&self, group: usize, job: &Job, now: Instant) -> bool {
-        let usual = self.limits[group].costs().predict(job.rows, job.extent);
-        let long_ago = |crowded| usual.is_some_and(|usual| now.saturating_duration_since(crowded) > 2 * usual);
+        let usual = || self.limits[group].costs().predict(job.rows, job.extent);
+        let long_ago = |crowded| usual().is_some_and(|usual| now.saturating_duration_since(crowded) > 2 * usual);
         self.is_alone() && self.crowded.is_none_or(long_ago)
     }
 

@@ -1116,6 +1116,23 @@ async fn what_seems_slower_is_tried_again_by_lone_requests() {
 }
 
 #[tokio::test]
+async fn a_wide_instance_that_fails_is_not_tried_for_long() {
+    let (narrow, wide): (Arc<Script>, Arc<Script>) = (Arc::default(), Arc::default());
+    let another = Wide { instance: group(&wide, 1, 4).instance, cores: 4, costs: vec![cost(1, 40)] };
+    let group = Group { costs: vec![cost(1, 100)], wide: Some(another), ..group(&narrow, 1, 1) };
+    let bench = Bench::with(&narrow, vec![group], Bench::config());
+    for _ in 0..layout::FIRST_TRIAL {
+        assert_eq!(kind(bench.submit(&[FAIL])).await, Kind::BackendFailed);
+    }
+    assert_eq!((wide.runs().len(), narrow.runs().len()), (layout::FIRST_TRIAL as usize, 0));
+    // A trial of the other layout, and what follows until the next one.
+    for _ in 0..12 {
+        done(bench.submit(&[2.0])).await.unwrap();
+    }
+    assert_eq!((wide.runs().len(), narrow.runs().len()), (layout::FIRST_TRIAL as usize, 12));
+}
+
+#[tokio::test]
 async fn a_wide_instance_that_panics_is_not_missed() {
     let (narrow, wide): (Arc<Script>, Arc<Script>) = (Arc::default(), Arc::default());
     let another = Wide { instance: group(&wide, 1, 4).instance, cores: 4, costs: vec![cost(1, 40)] };

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::batcher::{Entry, Poll, Readiness};
+use super::cost::seconds;
 use super::gate::Turn;
 use super::{Answer, Job, Key, Room, Shared, State, Ticket, WideSlot, expired, layout, lock};
 use crate::backend::{Batch, Instance, RunError, panic_text};
@@ -45,8 +46,8 @@ pub(super) struct Worker {
     running_rows: usize,
     /// On loan for one turn, with its threads.
     wide: Option<(Box<dyn Instance>, usize)>,
-    /// What it has taken is alone here, and decides which layout such requests get.
-    lone: bool,
+    /// When it took what it has, where that is alone on the machine: a measure for which layout such requests get.
+    lone: Option<Instant>,
     /// Before the batch that it takes next.
     waited: Option<Waited>,
     /// When it began to wait for its turn.
@@ -64,7 +65,8 @@ pub(super) struct Worker {
 struct Learned {
     rows: usize,
     extent: Option<usize>,
-    compute: Duration,
+    /// `None` where the wide instance failed.
+    compute: Option<Duration>,
     /// On so many threads: not on those of the worker's own instance.
     wide: Option<usize>,
 }
@@ -201,7 +203,7 @@ impl Worker {
             running: 0,
             running_rows: 0,
             wide: None,
-            lone: false,
+            lone: None,
             waited: None,
             turn_asked: Instant::now(),
             learned: None,
@@ -400,15 +402,14 @@ impl Worker {
     }
 
     fn learn(&self, state: &mut State, Learned { rows, extent, compute, wide }: Learned) {
-        let limits = &mut state.limits[self.group];
-        if self.lone
+        if self.lone.is_some_and(|taken| state.crowded.is_none_or(|crowded| crowded < taken))
             && let Some(WideSlot { contests, .. }) = &mut state.wide[self.group]
             && let Some(contest) = contests.get_mut(&layout::key(rows, extent))
-            && let Some(usual) = limits.costs().predict(rows, extent)
         {
-            // The lengths of a key's runs differ a little.
-            contest.learn(wide.is_some(), compute.as_secs_f64() / usual.as_secs_f64());
+            contest.learn(wide.is_some(), compute.map_or(f64::INFINITY, |compute| seconds(rows, extent, compute)));
         }
+        let limits = &mut state.limits[self.group];
+        let Some(compute) = compute else { return };
         if wide.is_none() {
             limits.learn(rows, extent, compute, self.turn_asked.elapsed());
         }
@@ -461,12 +462,14 @@ impl Worker {
                 let saved = state.limits[self.group].saved(longest, rows, more);
                 state.company.learn(took, saved);
             }
-            self.lone = false;
+            self.lone = None;
             if let [(_, entry)] = &taken[..]
                 && !self.lent
+                && !room.contended
+                && state.wide[self.group].is_some()
                 && state.is_lone(self.group, &entry.item, now)
             {
-                self.lone = true;
+                self.lone = Some(now);
                 self.wide = state.take_wide(self.group, &entry.item);
             }
             shared.emit_queue(&state);
@@ -489,6 +492,7 @@ impl Worker {
         if turn.widen(threads.saturating_sub(cores)) {
             self.wide = Some((instance, threads));
         } else {
+            self.lone = None;
             lock(&self.shared.state).give_wide(self.group, instance);
         }
     }
@@ -624,7 +628,9 @@ impl Worker {
         let extent = jobs.iter().filter_map(|job| job.extent).max();
         // Parts of a batch that failed, and what fails, are no measure.
         let whole = requests == self.running && result.is_ok() && std::mem::replace(&mut self.warm, true);
-        self.learned = whole.then_some(Learned { rows, extent, compute: ran - assembled, wide });
+        let compute = result.is_ok().then_some(ran - assembled);
+        let lost = wide.is_some() && result.is_err();
+        self.learned = (whole || lost).then_some(Learned { rows, extent, compute, wide });
         let ragged = self.shared.config.ragged.clone();
         let parts = result.map(|outputs| (split(&outputs, &jobs, ragged.as_deref()), outputs));
         let split = ran.elapsed();
