@@ -84,6 +84,14 @@ impl Description {
         }
     }
 
+    /// By which operator a run may take longer, or make more, for what its inputs hold. `None` proves nothing.
+    pub fn decided_by_values(&self) -> Option<&str> {
+        match self {
+            Description::Onnx(description) => description.decided_by_values.as_deref(),
+            Description::Safetensors(_) => None,
+        }
+    }
+
     /// The exporter and its version; empty where the files do not say.
     pub fn producer(&self) -> &str {
         match self {

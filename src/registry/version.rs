@@ -76,6 +76,9 @@ pub struct Facts {
     pub costs: String,
     /// Whether a request that is alone is run on all cores, and why.
     pub wide: String,
+    /// By which operator a run may take longer for what its inputs hold, if any: such runs are none for a thread that
+    /// others wait for, however short they were lately.
+    pub decided_by_values: Option<String>,
     /// The exporter that wrote the file.
     pub producer: String,
     /// From the first byte copied to the end of the warm-up.

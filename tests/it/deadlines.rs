@@ -76,3 +76,22 @@ fn a_client_that_leaves_frees_its_place() {
     });
     assert_still_running(&holder);
 }
+
+/// Some runs of it are quick, but how long one takes is for its input to say.
+#[test]
+fn a_run_as_long_as_its_input_says_holds_up_nobody() {
+    if without_onnxruntime() {
+        return;
+    }
+    let models = Models::new().with("slow").with("identity_fp32");
+    let server = TestServer::of(models.path()).start();
+    for _ in 0..20 {
+        assert_eq!(server.infer("slow", &slow(1)).status, 200);
+    }
+    let holders: Vec<TcpStream> = (0..4).map(|_| send(&server, &slow(STEPS).to_string())).collect();
+    server.eventually("all four are in", |server| server.metrics().sum("tidegate_inflight", &[]) == 4.0);
+    let row = json!({"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [1.0]}]});
+    assert_eq!(server.get("/v2/health/ready").status, 200);
+    assert_eq!(server.infer("identity_fp32", &row).status, 200);
+    holders.iter().for_each(assert_still_running);
+}

@@ -78,6 +78,11 @@ impl<'a> Index<'a> {
         self.constants.values().copied()
     }
 
+    /// Of every constant tensor of the file.
+    pub fn constant_names(&self) -> impl Iterator<Item = &'a str> {
+        self.constants.keys().copied()
+    }
+
     /// The integers or truth values of a constant that the file itself holds.
     pub fn integers(&self, name: &str) -> Option<Vec<i64>> {
         integers(self.constants.get(name)?)

@@ -14,6 +14,7 @@ mod kinds;
 mod rows;
 mod signature;
 mod sizes;
+mod values;
 mod wrongly;
 
 /// The messages of `proto/onnx.proto`.
@@ -46,6 +47,9 @@ pub struct Description {
     /// Why rows cannot be independent: the first row-coupling operator found (`DynamicQuantizeLinear couples rows`).
     /// `None` proves nothing.
     pub couples_rows: Option<String>,
+    /// By which operator a run may take longer, or make more, for what its inputs hold: the first one found. `None`
+    /// proves nothing.
+    pub decided_by_values: Option<String>,
     /// Why tract is known to compute this wrongly without an error, if it is.
     pub tract_computes_wrongly: Option<String>,
     /// Sizes that the file's own constants mention, most frequent first: worth trying on a free axis that is not rows.
@@ -77,6 +81,7 @@ impl Description {
         Ok(Description {
             output_kinds: signature.outputs.iter().map(|output| kinds::infer(&index, output)).collect(),
             couples_rows: rows::coupled(&index, &signature),
+            decided_by_values: values::deciding(&index),
             tract_computes_wrongly: wrongly::by_tract(&index),
             mentioned_sizes: sizes::mentioned(&index),
             external_files: external::files(&index)?,
