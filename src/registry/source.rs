@@ -256,7 +256,7 @@ impl Folder {
     fn add_loose(&mut self, root: &Path, folder: &Path, name: &Arc<str>, scan: &mut Scan) {
         let config = self.config(root, folder, name);
         if let Some(model) = model_in(folder, named(&config)) {
-            self.add(root, folder, first(name), &model, config, fingerprint(folder, folder), scan);
+            self.add(root, folder, first(name), &model, config, fingerprint(root, folder, folder), scan);
         }
     }
 
@@ -275,7 +275,7 @@ impl Folder {
         if scan.versions.contains_key(&key) {
             scan.notes.push(format!("the model in `{name}` is hidden by the one in `{name}/{version}`"));
         }
-        self.add(root, folder, key, &model, config, fingerprint(folder, entry), scan);
+        self.add(root, folder, key, &model, config, fingerprint(root, folder, entry), scan);
     }
 
     #[allow(clippy::too_many_arguments, reason = "what a version is made of")]
@@ -461,34 +461,51 @@ fn entries(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
 
 /// The facts of all files of a version: what lies in `version` at any depth, and the files in the model's folder
 /// itself (settings, labels) and in its folder `warmup`. Other versions and models are left out.
-fn fingerprint(folder: &Path, version: &Path) -> std::io::Result<Fingerprint> {
-    let mut files = Vec::new();
-    collect(version, MAX_DEPTH, &mut files)?;
+fn fingerprint(root: &Path, folder: &Path, version: &Path) -> std::io::Result<Fingerprint> {
+    let mut walk = Walk { root, files: Vec::new(), seen: HashSet::new() };
+    walk.collect(version, MAX_DEPTH)?;
     if folder != version {
         for entry in entries(folder)? {
-            push_file(&entry, &mut files)?;
+            push_file(&entry, &mut walk.files)?;
         }
         let warm_ups = folder.join(warmup::FOLDER);
         if warm_ups.is_dir() {
-            collect(&warm_ups, 0, &mut files)?;
+            walk.collect(&warm_ups, 0)?;
         }
     }
-    files.sort();
-    Ok(Fingerprint(files))
+    walk.files.sort();
+    Ok(Fingerprint(walk.files))
 }
 
-fn collect(folder: &Path, depth: usize, files: &mut Vec<FileFacts>) -> std::io::Result<()> {
-    for entry in entries(folder)? {
-        if !entry.is_dir() {
-            push_file(&entry, files)?;
-            continue;
+/// Through folders below the root, each of them once, wherever links lead.
+struct Walk<'a> {
+    root: &'a Path,
+    files: Vec<FileFacts>,
+    /// Folders, by device and inode.
+    seen: HashSet<(u64, u64)>,
+}
+
+impl Walk<'_> {
+    fn collect(&mut self, folder: &Path, depth: usize) -> std::io::Result<()> {
+        if !confined(self.root, folder)? {
+            return Ok(());
         }
-        let other_version = file_name(&entry).is_some_and(|name| VersionId::parse(&name).is_some());
-        if depth > 0 && !other_version && model_in(&entry, None).is_none() {
-            collect(&entry, depth - 1, files)?;
+        let metadata = fs::metadata(folder)?;
+        if !self.seen.insert((metadata.dev(), metadata.ino())) {
+            return Ok(());
         }
+        for entry in entries(folder)? {
+            if !entry.is_dir() {
+                push_file(&entry, &mut self.files)?;
+                continue;
+            }
+            let other_version = file_name(&entry).is_some_and(|name| VersionId::parse(&name).is_some());
+            if depth > 0 && !other_version && model_in(&entry, None).is_none() {
+                self.collect(&entry, depth - 1)?;
+            }
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 fn push_file(path: &Path, files: &mut Vec<FileFacts>) -> std::io::Result<()> {
@@ -645,6 +662,22 @@ mod tests {
         assert_eq!(root.keys(), ["a/1", "a/2", "a/3", "b/1", "c/1"]);
         assert_eq!(refused, ["a/3", "b/1"]);
         assert!(scan.notes[0].contains("`d` is a symbolic link that leaves the registry"));
+    }
+
+    #[test]
+    fn links_to_folders_are_looked_through_once_and_never_out_of_the_root() {
+        let outside = Root::new();
+        outside.file("secret", "x");
+        let root = Root::new();
+        root.file("a/1/model.onnx", "x").file("a/1/data/weights", "x");
+        symlink(outside.0.path(), root.0.path().join("a/1/data/out")).unwrap();
+        // Followed each time, these would be 20 to the power of the depth.
+        (0..20).for_each(|n| symlink(".", root.0.path().join(format!("a/1/data/loop{n}"))).unwrap());
+        let scan = root.scan();
+        let found = scan.versions.values().next().unwrap();
+        assert_eq!(found.refused, None);
+        let files: Vec<_> = found.fingerprint.0.iter().map(|file| file_name(&file.path).unwrap()).collect();
+        assert_eq!(files, ["weights", "model.onnx"]);
     }
 
     #[test]
