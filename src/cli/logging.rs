@@ -11,12 +11,13 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::backend::panics_are_answered;
 use crate::config::LogFormat;
 
-/// Installs the process's subscriber; `noisy` dependencies are kept at warnings unless more than `info` is asked for.
+/// Installs the process's subscriber; dependencies are kept at warnings unless more than `info` is asked for, and h2,
+/// which warns of every frame that a client had no right to send, at errors.
 pub(super) fn start(format: LogFormat, level: tracing::Level) {
     let filter = if level > tracing::Level::INFO {
         EnvFilter::default().add_directive(LevelFilter::from_level(level).into())
     } else {
-        EnvFilter::new(format!("{},tidegate={}", level.min(tracing::Level::WARN), level).to_lowercase())
+        EnvFilter::new(format!("{},h2=error,tidegate={}", level.min(tracing::Level::WARN), level).to_lowercase())
     };
     // A line that nobody reads any more is dropped: reporting that on standard error would panic.
     let builder =

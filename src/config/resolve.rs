@@ -160,8 +160,11 @@ fn build(texts: &mut Texts, surroundings: &Surroundings) -> Resolved {
     let max_body = texts.size("limits.body");
     let body_timeout = texts.timeout("timeouts.body");
     let repository_api = texts.flag("repository_api");
-    let budget =
-        BudgetConfig { max_requests: texts.count("limits.requests"), max_bytes: texts.size("limits.request_bytes") };
+    let budget = BudgetConfig {
+        max_requests: texts.count("limits.requests"),
+        max_bytes: texts.size("limits.request_bytes"),
+        max_answer_bytes: texts.size("limits.answer"),
+    };
     if budget.max_bytes < max_body {
         let found = format!("{} bytes", budget.max_bytes);
         texts.problem("limits.request_bytes", found, &format!("at least `limits.body`, {max_body} bytes"));

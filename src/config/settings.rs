@@ -91,8 +91,13 @@ pub static SETTINGS: &[Setting] = &[
     ),
     file_only("limits.connections", "4096", "open connections per data port"),
     file_only("limits.requests", "4096", "requests in the server at once"),
-    file_only("limits.request_bytes", "512MiB", "bytes of request bodies in the server at once"),
+    file_only(
+        "limits.request_bytes",
+        "512MiB",
+        "bytes of requests and answers in the server at once, beyond which no more are admitted",
+    ),
     file_only("limits.body", "64MiB", "one request body, or gRPC message, before and after decompression"),
+    file_only("limits.answer", "256MiB", "one answer, as tensors and as text"),
     file_only("limits.json_header", "1MiB", "the JSON part of a request with binary tensors"),
     file_only("limits.streams", "256", "concurrent HTTP/2 streams per connection"),
     file_only(

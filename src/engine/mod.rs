@@ -71,7 +71,8 @@ impl Engine {
         request.timeout = shorter(request.timeout, version.facts().config.default_timeout);
         let prepared = Prepared::check(request, &permit, version.signature(), version.batching())?;
         let reply = Reply { id, wanted: prepared.outputs.clone(), prepared: Instant::now() };
-        let answer = version.scheduler().submit(prepared, permit).await?;
+        let mut answer = version.scheduler().submit(prepared, permit).await?;
+        answer.permit.answer(answer.outputs.iter().map(|tensor| tensor.data().len()).sum())?;
         trace.answered(answer.timings);
         Ok(reply.fill(answer, &version, trace))
     }
@@ -89,7 +90,7 @@ impl Engine {
         self.phase.clone()
     }
 
-    /// Requests and bytes of request bodies in the server now.
+    /// Requests in the server now, and bytes of them and their answers.
     pub fn in_flight(&self) -> (usize, usize) {
         (self.budget.requests(), self.budget.bytes())
     }
@@ -110,9 +111,7 @@ struct Reply {
 
 impl Reply {
     fn fill(self, answer: Answer, version: &Version, trace: &Trace) -> InferResponse {
-        let Answer { outputs, timings, mut permit } = answer;
-        // The inputs are gone: a slow reader of the answer keeps its place, but no bytes.
-        permit.release_bytes();
+        let Answer { outputs, timings, permit } = answer;
         let specs = &version.signature().outputs;
         let labels = self.wanted.iter().map(|position| version.facts().outputs.get(*position)?.labels.clone());
         let names = self.wanted.iter().map(|position| Arc::clone(&specs[*position].name));

@@ -52,7 +52,7 @@ impl RequestFinished<'_> {
 /// What the server holds at the moment: told before a scrape.
 pub struct InFlight {
     pub requests: usize,
-    /// Of request bodies.
+    /// Of requests and answers.
     pub bytes: usize,
     /// Bodies that wait for the CPU pool, and those that it works on.
     pub pool_queued: usize,

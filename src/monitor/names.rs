@@ -120,7 +120,7 @@ table! {
         IN_FLIGHT = Shape::Gauge, "tidegate_inflight", "requests", [],
             "Requests in the server, from admission until the answer is written.";
         IN_FLIGHT_BYTES = Shape::Gauge, "tidegate_inflight_bytes", "bytes", [],
-            "Bytes of request bodies that requests in flight hold.";
+            "Bytes of requests in flight: of their bodies and inputs, and, once computed, of their answers.";
         QUEUE_DEPTH = Shape::Gauge, "tidegate_queue_depth", "requests", ["model", "version"],
             "Requests waiting in a version's queue.";
         QUEUE_REJECTED = Shape::Counter, "tidegate_queue_rejected_total", "requests", ["model", "version"],

@@ -1,7 +1,8 @@
 //! Admission by count and bytes: a [`Permit`] is taken before a body is read and carried until the answer is written.
 //!
-//! Invariant: bytes are reserved for what has arrived, never for what was announced, so that clients who announce much
-//! and send little take nothing from others.
+//! Invariants: bytes are reserved for what has arrived, never for what was announced, so that clients who announce much
+//! and send little take nothing from others. A computed answer counts in its request's place until it is written, so that
+//! clients who ask for much and read slowly keep others from being admitted before they fill the memory.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,13 +14,15 @@ use crate::error::{Error, Kind, Result};
 pub struct BudgetConfig {
     /// Requests in the server at once, from admission to the answer.
     pub max_requests: usize,
-    /// Bytes of request bodies in the server at once.
+    /// Bytes of requests in the server at once, beyond which no more are admitted; their answers count, too.
     pub max_bytes: usize,
+    /// Bytes of one answer.
+    pub max_answer_bytes: usize,
 }
 
 impl Default for BudgetConfig {
     fn default() -> Self {
-        BudgetConfig { max_requests: 4096, max_bytes: 512 << 20 }
+        BudgetConfig { max_requests: 4096, max_bytes: 512 << 20, max_answer_bytes: 256 << 20 }
     }
 }
 
@@ -48,7 +51,7 @@ impl Budget {
     }
 
     fn full(&self) -> Error {
-        overloaded(format!("more than {} bytes of request bodies in flight", self.config.max_bytes))
+        overloaded(format!("more than {} bytes of requests and answers in flight", self.config.max_bytes))
     }
 
     pub fn requests(&self) -> usize {
@@ -77,9 +80,24 @@ impl Permit {
         Ok(())
     }
 
-    /// Gives the bytes back once the request's body and tensors are gone. The place is kept.
-    pub fn release_bytes(&mut self) {
-        self.budget.bytes.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
+    /// The request is gone, its answer takes so many bytes. TooLarge where that is more than an answer may take; not
+    /// refused for what others hold: it is computed.
+    pub fn answer(&mut self, bytes: usize) -> Result<()> {
+        let max = self.budget.config.max_answer_bytes;
+        if bytes > max {
+            return Err(Error::too_large(format!("the answer takes {bytes} bytes, expected at most {max}")));
+        }
+        self.hold(bytes);
+        Ok(())
+    }
+
+    fn hold(&mut self, bytes: usize) {
+        let before = std::mem::replace(&mut self.bytes, bytes);
+        if bytes >= before {
+            self.budget.bytes.fetch_add(bytes - before, Ordering::Relaxed);
+        } else {
+            self.budget.bytes.fetch_sub(before - bytes, Ordering::Relaxed);
+        }
     }
 
     /// When the request was admitted: deadlines count from here.
@@ -94,7 +112,7 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.release_bytes();
+        self.hold(0);
         self.budget.requests.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -113,9 +131,13 @@ fn overloaded(what: String) -> Error {
 mod tests {
     use super::*;
 
+    fn budget(max_requests: usize) -> Arc<Budget> {
+        Budget::new(BudgetConfig { max_requests, max_bytes: 10, max_answer_bytes: 20 })
+    }
+
     #[test]
     fn a_refused_request_leaves_nothing_behind() {
-        let budget = Budget::new(BudgetConfig { max_requests: 2, max_bytes: 10 });
+        let budget = budget(2);
         let now = Instant::now();
         let mut first = budget.admit(0, now).unwrap();
         first.grow(6).unwrap();
@@ -133,15 +155,31 @@ mod tests {
 
     #[test]
     fn announced_bytes_take_nothing_from_others() {
-        let budget = Budget::new(BudgetConfig { max_requests: 9, max_bytes: 10 });
+        let budget = budget(9);
         let now = Instant::now();
         let mut permits: Vec<Permit> = (0..8).map(|_| budget.admit(10, now).unwrap()).collect();
         assert_eq!(budget.bytes(), 0);
         permits[0].grow(10).unwrap();
         assert!(permits[1].grow(1).is_err());
-        permits[0].release_bytes();
+        permits[0].hold(0);
         permits[1].grow(10).unwrap();
         drop(permits);
         assert_eq!((budget.requests(), budget.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn an_answer_counts_until_it_is_written_and_is_not_refused_for_others() {
+        let (budget, now) = (budget(9), Instant::now());
+        let mut permits: Vec<Permit> = (0..2).map(|_| budget.admit(0, now).unwrap()).collect();
+        permits[0].grow(10).unwrap();
+        permits[0].answer(3).unwrap();
+        permits[1].grow(7).unwrap();
+        permits[1].answer(20).unwrap();
+        assert_eq!(budget.bytes(), 23);
+        assert_eq!(budget.admit(0, now).unwrap_err().kind(), Kind::Overloaded);
+        assert_eq!(permits[0].answer(21).unwrap_err().kind(), Kind::TooLarge);
+        drop(permits);
+        assert_eq!((budget.requests(), budget.bytes()), (0, 0));
+        assert!(budget.admit(10, now).is_ok());
     }
 }

@@ -140,12 +140,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 async fn accept_forever(listener: TcpListener, tasks: Arc<Mutex<JoinSet<()>>>, connection: Connection) {
     let places = Arc::new(Semaphore::new(connection.limits.connections.min(Semaphore::MAX_PERMITS)));
+    let mut failing = false;
     loop {
         // The semaphore is never closed.
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listener.accept().await {
             // From here to the task there is no point at which a drain could lose the stream.
             Ok((stream, _)) => {
+                failing = false;
                 let connection = connection.clone();
                 let mut tasks = lock(&tasks);
                 while tasks.try_join_next().is_some() {}
@@ -155,7 +157,10 @@ async fn accept_forever(listener: TcpListener, tasks: Arc<Mutex<JoinSet<()>>>, c
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
+                // One line until it works again, however often it is tried.
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "cannot accept connections");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

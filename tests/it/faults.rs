@@ -6,6 +6,7 @@
 //!
 //! | rows over gRPC | tests, each named after its row |
 //! |---|---|
+//! | D1, D2, D4 to D6, D8, D19 | `http2` |
 //! | D10 to D18, D20 | `grpc`, `d10_…` and on; of streams: `stream.rs` |
 //! | D10, D11, D13: what they cost | `grpc_memory` |
 //! | D21, D22 | `grpc_memory`: `d21_…`, `d22_…`; watches and streams one past their limits: `grpc.rs`, `stream.rs` |
@@ -16,6 +17,7 @@ mod grpc;
 mod grpc_memory;
 mod grpc_shapes;
 mod http;
+mod http2;
 mod json;
 mod shapes;
 mod strings;

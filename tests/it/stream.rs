@@ -309,7 +309,7 @@ async fn a_full_server_refuses_requests_and_keeps_their_stream() {
     call.send(named("3", 1 << 15)).await;
     let answer = call.answer().await;
     assert_eq!(id_of(&answer), "3");
-    assert!(answer.error_message.contains("bytes of request bodies in flight"), "{}", answer.error_message);
+    assert!(answer.error_message.contains("bytes of requests and answers in flight"), "{}", answer.error_message);
     drop(holders);
     server.eventually("there is room again", is_at_rest);
     call.send(named("4", 1)).await;

@@ -3,8 +3,10 @@
 //!
 //! tonic inflates, decodes and encodes wherever it is polled. The last bytes of a long message are therefore held back
 //! until [`Intake::follow`] polls the call where that may take its time: with the thread's other tasks handed over, and
-//! in one of a few places. [`Outward`] waits for such a place before it has a long answer encoded.
+//! in one of a few places. Its first bytes are held back, too: tonic makes room for all that a prefix announces, and is
+//! shown it when half of that is here. [`Outward`] waits for such a place before it has a long answer encoded.
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -227,8 +229,8 @@ pub(super) struct Inward<B> {
     inner: Pin<Box<B>>,
     framing: Framing,
     received: usize,
-    /// The end of a long message.
-    last: Option<Frame<Bytes>>,
+    /// Arrived, not yet given on: less than half of a message, or the last of a long one.
+    held: VecDeque<Frame<Bytes>>,
     /// How long the client may take to send its message.
     limit: Duration,
     expiry: Pin<Box<Sleep>>,
@@ -238,13 +240,25 @@ pub(super) struct Inward<B> {
 impl<B> Inward<B> {
     pub(super) fn new(inner: B, framing: Framing, limit: Duration, intake: Intake) -> Self {
         let expiry = Box::pin(tokio::time::sleep(limit));
-        Inward { inner: Box::pin(inner), framing, received: 0, last: None, limit, expiry, intake }
+        Inward { inner: Box::pin(inner), framing, received: 0, held: VecDeque::new(), limit, expiry, intake }
     }
 
     fn follow(&mut self, data: &[u8]) -> Result<()> {
         self.received += data.len();
         self.framing.follow(data)?;
         self.intake.received(self.received)
+    }
+
+    /// The next of what is held, where it may go.
+    fn release(&mut self) -> Poll<Option<Frame<Bytes>>> {
+        let goes = match self.framing.is_whole() {
+            true => self.held.len() > 1 || !self.intake.state().held_back,
+            false => self.received > self.framing.left,
+        };
+        match goes || self.held.is_empty() {
+            true => Poll::Ready(self.held.pop_front()),
+            false => Poll::Pending,
+        }
     }
 
     fn late(&self) -> Error {
@@ -262,28 +276,36 @@ impl<B: Body<Data = Bytes>> Body for Inward<B> {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.get_mut();
-        if this.last.is_some() {
-            let held_back = this.intake.state().held_back;
-            return if held_back { Poll::Pending } else { Poll::Ready(this.last.take().map(Ok)) };
-        }
-        match this.inner.as_mut().poll_frame(cx) {
-            Poll::Pending if this.expiry.as_mut().poll(cx).is_ready() => this.fail(this.late()),
-            Poll::Pending => Poll::Pending,
-            Poll::Ready(Some(Ok(frame))) => match frame.data_ref().map(|data| this.follow(data)) {
-                Some(Err(error)) => this.fail(error),
+        loop {
+            match this.release() {
+                Poll::Ready(Some(frame)) => return Poll::Ready(Some(Ok(frame))),
                 // Nobody is to be woken: `follow` looks at every poll.
-                Some(Ok(())) if this.framing.is_whole() && (this.received > LONG || this.framing.is_compressed()) => {
-                    this.last = Some(frame);
-                    this.intake.state().held_back = true;
-                    Poll::Pending
+                Poll::Pending if this.framing.is_whole() => return Poll::Pending,
+                _ => {}
+            }
+            match this.inner.as_mut().poll_frame(cx) {
+                Poll::Pending if this.expiry.as_mut().poll(cx).is_ready() => return this.fail(this.late()),
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Some(Ok(frame))) => match frame.data_ref().map(|data| this.follow(data)) {
+                    Some(Err(error)) => return this.fail(error),
+                    Some(Ok(())) => {
+                        if this.framing.is_whole() && (this.received > LONG || this.framing.is_compressed()) {
+                            this.intake.state().held_back = true;
+                        }
+                        this.held.push_back(frame);
+                    }
+                    None => return Poll::Ready(Some(Ok(frame))),
+                },
+                Poll::Ready(Some(Err(_))) => {
+                    return this.fail(Error::new(Kind::Cancelled, "the request's body broke off"));
                 }
-                _ => Poll::Ready(Some(Ok(frame))),
-            },
-            Poll::Ready(Some(Err(_))) => this.fail(Error::new(Kind::Cancelled, "the request's body broke off")),
-            Poll::Ready(None) => match this.framing.finish() {
-                Ok(()) => Poll::Ready(None),
-                Err(error) => this.fail(error),
-            },
+                Poll::Ready(None) => {
+                    return match this.framing.finish() {
+                        Ok(()) => Poll::Ready(None),
+                        Err(error) => this.fail(error),
+                    };
+                }
+            }
         }
     }
 }
@@ -497,7 +519,7 @@ mod tests {
     }
 
     fn permit(max_bytes: usize) -> (Arc<Budget>, Permit) {
-        let budget = Budget::new(BudgetConfig { max_requests: 1, max_bytes });
+        let budget = Budget::new(BudgetConfig { max_requests: 1, max_bytes, ..BudgetConfig::default() });
         let permit = budget.admit(0, Instant::now()).unwrap();
         (budget, permit)
     }
@@ -598,6 +620,30 @@ mod tests {
         let first = long.frame().await.unwrap().unwrap().into_data().unwrap();
         assert_eq!(places.free(), 1, "free for the next before this one is sent");
         assert_eq!(first.len() + long.collect().await.unwrap().to_bytes().len(), PREFIX + LONG);
+    }
+
+    /// Gives these, and then nothing.
+    struct Parts(VecDeque<Bytes>);
+    impl Body for Parts {
+        type Data = Bytes;
+        type Error = Infallible;
+        fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            self.0.pop_front().map_or(Poll::Pending, |part| Poll::Ready(Some(Ok(Frame::data(part)))))
+        }
+    }
+
+    #[tokio::test]
+    async fn tonic_sees_how_long_a_message_is_when_half_of_it_is_here() {
+        let (first, rest) = (Bytes::from(message(1000)).slice(..PREFIX), Bytes::from(message(1000)).slice(PREFIX..));
+        for (more, given) in [(0, 0), (497, 0), (498, 2), (999, 2)] {
+            let parts = Parts([first.clone(), rest.slice(..more)].into());
+            let mut body = Inward::new(parts, Framing::new(LONG, false), Duration::MAX, Intake::default());
+            let mut frames = 0;
+            while poll_fn(|cx| Poll::Ready(Pin::new(&mut body).poll_frame(cx))).await.is_ready() {
+                frames += 1;
+            }
+            assert_eq!(frames, given, "{more}");
+        }
     }
 
     #[tokio::test]

@@ -64,8 +64,10 @@ pub(super) async fn write(app: &App, response: InferResponse, wanted: Wanted, ac
     let timing = common::server_timing(&response);
     let shortest = app.config.min_compressed_bytes;
     let rendering = move || {
-        let response = wanted.classes.of(response)?;
+        let mut response = wanted.classes.of(response)?;
+        response.permit.answer(bytes_of(&response, &wanted))?;
         let written = render(&response, &wanted)?.compressed(accepted, shortest)?;
+        response.permit.answer(written.frames.iter().map(Bytes::len).sum())?;
         Ok((written, response.permit))
     };
     // What has been computed is not refused any more.
@@ -185,6 +187,15 @@ fn check_text(output: &str, tensor: &Tensor) -> Result<()> {
              parameter `binary_data` true"
         ))),
     }
+}
+
+/// About what the answer takes while it is written: its tensors, and the text of those that go as JSON.
+fn bytes_of(response: &InferResponse, wanted: &Wanted) -> usize {
+    let of = |output: &NamedTensor| match wanted.as_binary(&output.name) {
+        true => output.tensor.data().len(),
+        false => output.tensor.data().len().saturating_add(text_length(&output.tensor)),
+    };
+    response.outputs.iter().map(of).fold(0, usize::saturating_add)
 }
 
 /// About how long a tensor is as JSON, to allocate once.

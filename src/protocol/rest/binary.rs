@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName};
 
 use super::Config;
-use crate::error::{Error, Quoted, Result};
+use crate::error::{Error, Quoted, Result, quoted};
 use crate::protocol::common::check_longest;
 use crate::request::NamedTensor;
 use crate::tensor::{DataType, Dim, Shape, Signature, Tensor, strings};
@@ -82,7 +82,7 @@ impl Tail {
         if self.rest.is_empty() {
             return Ok(());
         }
-        Err(Error::invalid(format!("unexpected additional input data for model '{model}'")))
+        Err(Error::invalid(format!("unexpected additional input data for model '{}'", quoted(model))))
     }
 }
 

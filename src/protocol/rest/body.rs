@@ -48,6 +48,20 @@ pub(super) async fn read(
     }
 }
 
+/// Reads the whole body of a call that takes no place, of at most `max` bytes. Takes as long as the client does.
+pub(super) async fn read_short(mut body: Body, max: usize) -> Result<Bytes> {
+    let declared = declared(&body, max)?;
+    let mut whole = Whole::default();
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
+        if data.len() > max - whole.length() {
+            return Err(too_large(max));
+        }
+        whole.push(data, declared);
+    }
+    Ok(whole.into_bytes())
+}
+
 /// When the next bytes must be there: the time for a whole body, or what the slowest rate allows for so few bytes.
 fn latest(start: Instant, received: usize, config: &Config) -> Instant {
     let at_slowest = Duration::from_secs((received / config.min_body_rate.max(1)) as u64);
@@ -150,7 +164,7 @@ mod tests {
     }
 
     async fn read_all(chunks: Vec<&'static [u8]>, end: End, config: &Config, budget: usize) -> Result<Bytes> {
-        let budget = Budget::new(BudgetConfig { max_requests: 1, max_bytes: budget });
+        let budget = Budget::new(BudgetConfig { max_requests: 1, max_bytes: budget, ..BudgetConfig::default() });
         let mut permit = budget.admit(0, Instant::now()).unwrap();
         let read = read(Body::new(Chunks(chunks.into_iter(), end)), None, config, &mut permit).await;
         if let Ok(bytes) = &read {

@@ -6,28 +6,27 @@
 use half::{bf16, f16};
 use serde::ser::{Error as _, Serialize, Serializer};
 
-use super::Config;
 use crate::error::{Error, Quoted, Result};
 use crate::protocol::common::check_longest;
 use crate::request::Permit;
 use crate::tensor::json::{Data, DataError, NotFinite};
 use crate::tensor::{DataType, Element, Shape, Tensor};
 
-/// Reads the `data` of the input `name`. Reserves the buffer's bytes before it allocates them.
+/// Reads the `data` of the input `name`. Reserves the buffer's bytes before it allocates them. `left`: of those that a
+/// request's tensors may take when they are written as JSON, which can be far shorter.
 pub(super) fn parse(
     name: Quoted<'_>,
     dtype: DataType,
     shape: Shape,
     text: &str,
-    config: &Config,
+    left: &mut usize,
     permit: &mut Permit,
 ) -> Result<Tensor> {
     let data = Data::new(dtype, shape, text).map_err(|error| refused(name, error))?;
     let length = data.max_bytes();
-    if length > config.max_body_bytes {
-        let message = format!("input '{name}' expands to {length} bytes, expected at most {}", config.max_body_bytes);
-        return Err(Error::too_large(message));
-    }
+    *left = left.checked_sub(length).ok_or_else(|| {
+        Error::too_large(format!("input '{name}' expands to {length} bytes, expected at most {left} more"))
+    })?;
     permit.grow(length)?;
     let tensor = data.read(NotFinite::Refused).map_err(|error| refused(name, error))?;
     check_longest(name, &tensor)?;
@@ -95,10 +94,12 @@ mod tests {
     use crate::protocol::common::MAX_STRING_BYTES;
     use crate::request::{Budget, BudgetConfig};
 
-    fn read_within(dtype: DataType, dims: &[usize], text: &str, config: &Config, budget: usize) -> Result<Tensor> {
-        let budget = Budget::new(BudgetConfig { max_requests: 1, max_bytes: budget });
+    const BODY: usize = 64 << 20;
+
+    fn read_within(dtype: DataType, dims: &[usize], text: &str, mut left: usize, budget: usize) -> Result<Tensor> {
+        let budget = Budget::new(BudgetConfig { max_requests: 1, max_bytes: budget, ..BudgetConfig::default() });
         let mut permit = budget.admit(0, Instant::now()).unwrap();
-        let tensor = parse(Quoted("x"), dtype, Shape::new(dims).unwrap(), text, config, &mut permit);
+        let tensor = parse(Quoted("x"), dtype, Shape::new(dims).unwrap(), text, &mut left, &mut permit);
         if let Ok(tensor) = &tensor {
             assert!(permit.bytes() >= tensor.data().len());
         }
@@ -106,7 +107,7 @@ mod tests {
     }
 
     fn read(dtype: DataType, dims: &[usize], text: &str) -> Result<Tensor> {
-        read_within(dtype, dims, text, &Config::default(), 1 << 30)
+        read_within(dtype, dims, text, BODY, 1 << 30)
     }
 
     fn written(tensor: &Tensor) -> String {
@@ -136,7 +137,7 @@ mod tests {
     fn long_strings_are_refused() {
         let one = |length| {
             let text = format!(r#"["{}"]"#, "a".repeat(length));
-            read_within(DataType::Bytes, &[1], &text, &Config::default(), 64 << 20).map(|_| ())
+            read_within(DataType::Bytes, &[1], &text, BODY, 64 << 20).map(|_| ())
         };
         assert!(one(MAX_STRING_BYTES).is_ok());
         assert_eq!(one(MAX_STRING_BYTES + 1).unwrap_err().kind(), Kind::TooLarge);
@@ -145,11 +146,10 @@ mod tests {
     #[test]
     fn the_expanded_size_is_bounded_before_it_is_allocated() {
         let text = format!("[{}0]", "0,".repeat(1023));
-        let config = Config { max_body_bytes: 8191, ..Config::default() };
-        let error = read_within(DataType::Int64, &[1024], &text, &config, 1 << 20).unwrap_err();
+        let error = read_within(DataType::Int64, &[1024], &text, 8191, 1 << 20).unwrap_err();
         assert_eq!(error.kind(), Kind::TooLarge);
-        assert!(read_within(DataType::Int32, &[1024], &text, &config, 1 << 20).is_ok());
-        let error = read_within(DataType::Int64, &[1024], &text, &Config::default(), 8191).unwrap_err();
+        assert!(read_within(DataType::Int64, &[1024], &text, 8192, 1 << 20).is_ok());
+        let error = read_within(DataType::Int64, &[1024], &text, BODY, 8191).unwrap_err();
         assert_eq!(error.kind(), Kind::Overloaded);
     }
 

@@ -169,7 +169,9 @@ mod tests {
     const BOTH: [Encoding; 2] = [Encoding::Gzip, Encoding::Deflate];
 
     fn permit(max_bytes: usize) -> Permit {
-        Budget::new(BudgetConfig { max_requests: 1, max_bytes }).admit(0, Instant::now()).unwrap()
+        Budget::new(BudgetConfig { max_requests: 1, max_bytes, ..BudgetConfig::default() })
+            .admit(0, Instant::now())
+            .unwrap()
     }
 
     fn decode_within(encoding: Encoding, body: &[u8], max: usize) -> Result<Bytes> {

@@ -33,7 +33,7 @@ pub(super) struct Requested {
 }
 
 /// Reads the JSON part and the binary tensors after it. `model` is for messages.
-pub(super) fn parse(model: &str, json: &[u8], mut tail: Tail, config: &Config, permit: &mut Permit) -> Result<Parsed> {
+pub(super) fn parse(model: &str, json: &[u8], tail: Tail, config: &Config, permit: &mut Permit) -> Result<Parsed> {
     let text = std::str::from_utf8(json)
         .map_err(|error| Error::invalid(format!("the request JSON is not UTF-8 at byte {}", error.valid_up_to())))?;
     check_depth(text, config.max_json_depth)?;
@@ -43,42 +43,43 @@ pub(super) fn parse(model: &str, json: &[u8], mut tail: Tail, config: &Config, p
     check_length("the request id", &body.id)?;
 
     let parameters = parameters::of_request(body.parameters)?;
-    let mut strings = Strings::default();
-    let inputs = body
-        .inputs
-        .into_iter()
-        .map(|Object(input)| read_input(input, &mut tail, &mut strings, config, permit))
-        .collect::<Result<Vec<NamedTensor>>>()?;
-    tail.finish(model)?;
+    let mut inputs = Inputs { tail, strings: Strings::default(), left: config.max_body_bytes, permit };
+    let tensors = body.inputs.into_iter().map(|Object(input)| inputs.read(input)).collect::<Result<_>>()?;
+    inputs.tail.finish(model)?;
     let outputs = body.outputs.into_iter().map(|Object(output)| read_output(output)).collect::<Result<_>>()?;
-    Ok(Parsed { id: body.id.into_owned(), parameters, inputs, outputs })
+    Ok(Parsed { id: body.id.into_owned(), parameters, inputs: tensors, outputs })
 }
 
-fn read_input(
-    input: Input,
-    tail: &mut Tail,
-    strings: &mut Strings,
-    config: &Config,
-    permit: &mut Permit,
-) -> Result<NamedTensor> {
-    let Input { name, datatype, shape: Dims(dims), parameters, data } = input;
-    check_length("an input's name", &name)?;
-    let shown = Quoted(&name);
-    let dtype = common::datatype(shown, &datatype)?;
-    let shape = Shape::from_wire(&dims).map_err(|error| Error::invalid(format!("input '{shown}': {error}")))?;
-    strings.count(dtype, &shape)?;
-    let size = parameters::of_input(parameters, &name)?;
-    let tensor = match (data, size) {
-        (Some(data), None) => data::parse(shown, dtype, shape, data.get(), config, permit)?,
-        (None, Some(size)) => binary::tensor(shown, dtype, shape, tail.take(shown, size)?)?,
-        (found, _) => {
-            let found = if found.is_some() { "both" } else { "neither" };
-            return Err(Error::invalid(format!(
-                "input '{shown}' has {found} of `data` and the parameter `binary_data_size`, expected exactly one"
-            )));
-        }
-    };
-    Ok(NamedTensor { name: name.into(), tensor })
+/// One request's, as they are read.
+struct Inputs<'a> {
+    tail: Tail,
+    strings: Strings,
+    /// Bytes that tensors written as JSON may still take.
+    left: usize,
+    permit: &'a mut Permit,
+}
+
+impl Inputs<'_> {
+    fn read(&mut self, input: Input) -> Result<NamedTensor> {
+        let Input { name, datatype, shape: Dims(dims), parameters, data } = input;
+        check_length("an input's name", &name)?;
+        let shown = Quoted(&name);
+        let dtype = common::datatype(shown, &datatype)?;
+        let shape = Shape::from_wire(&dims).map_err(|error| Error::invalid(format!("input '{shown}': {error}")))?;
+        self.strings.count(dtype, &shape)?;
+        let size = parameters::of_input(parameters, &name)?;
+        let tensor = match (data, size) {
+            (Some(data), None) => data::parse(shown, dtype, shape, data.get(), &mut self.left, self.permit)?,
+            (None, Some(size)) => binary::tensor(shown, dtype, shape, self.tail.take(shown, size)?)?,
+            (found, _) => {
+                let found = if found.is_some() { "both" } else { "neither" };
+                return Err(Error::invalid(format!(
+                    "input '{shown}' has {found} of `data` and the parameter `binary_data_size`, expected exactly one"
+                )));
+            }
+        };
+        Ok(NamedTensor { name: name.into(), tensor })
+    }
 }
 
 fn read_output(output: Output) -> Result<Requested> {

@@ -8,7 +8,7 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::json::malformed;
@@ -208,7 +208,7 @@ impl<'de> Deserialize<'de> for Value {
     }
 }
 
-/// In the order sent, repeated keys included. Bounded by the text's length, which was checked.
+/// In the order sent, repeated keys included; one more than there may be, at most.
 struct Entries<'a>(Vec<(Cow<'a, str>, Value)>);
 
 impl<'de> Deserialize<'de> for Entries<'de> {
@@ -224,6 +224,10 @@ impl<'de> Deserialize<'de> for Entries<'de> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut entries = Vec::new();
                 while let Some(key) = map.next_key::<Cow<'de, str>>()? {
+                    if entries.len() > MAX_PARAMETERS {
+                        map.next_value::<IgnoredAny>()?;
+                        continue;
+                    }
                     let value =
                         map.next_value().map_err(|error| A::Error::custom(format_args!("parameter: {error}")))?;
                     entries.push((key, value));

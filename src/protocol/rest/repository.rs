@@ -1,7 +1,7 @@
 //! The repository extension: what is there, and loading and unloading it. On a data port, whoever can predict could
 //! otherwise take a model away from everybody: that is switched on apart.
 
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::State;
 use axum::response::Response;
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 use super::envelope::Object;
 use super::json::{check_depth, malformed};
 use super::routes::Target;
-use super::{App, Refusal, json, parameters};
+use super::{App, Refusal, body, json, parameters};
 use crate::engine::IndexEntry;
 use crate::error::{Error, Kind, Result};
 use crate::protocol::common::{self, MAX_REPOSITORY_BYTES};
@@ -75,12 +75,9 @@ pub(super) async fn unload(State(app): State<App>, Target(target): Target, body:
 }
 
 async fn read(app: &App, body: Body) -> Result<Bytes> {
-    tokio::time::timeout(app.config.body_timeout, to_bytes(body, MAX_REPOSITORY_BYTES))
+    tokio::time::timeout(app.config.body_timeout, body::read_short(body, MAX_REPOSITORY_BYTES))
         .await
         .map_err(|_| Error::new(Kind::RequestTimeout, "the request body came too slowly"))?
-        .map_err(|_| {
-            Error::too_large(format!("the request body is cut short or longer than {MAX_REPOSITORY_BYTES} bytes"))
-        })
 }
 
 /// An empty body is an empty object.

@@ -42,6 +42,12 @@ fn bodies_are_framed_as_http_says() {
         Case::infer("A2", "a size beyond 64 bits", chunked(b"10000000000000000\r\nA\r\n0\r\n\r\n"), &[400]),
         Case::infer("A2", "a negative size", chunked(b"-1\r\nA\r\n0\r\n\r\n"), &[400]),
         Case::infer("A2", "a size with a prefix", chunked(b"0x10\r\nA\r\n0\r\n\r\n"), &[400]),
+        Case::http(
+            "A2",
+            "a negative size, to the repository",
+            request("POST /v2/repository/index", &[("Transfer-Encoding", "chunked")], b"-1\r\nA\r\n0\r\n\r\n"),
+            &[400],
+        ),
         Case::infer("A3", "an extension of 64 KiB", chunked(extension.as_bytes()), &[400, 431]),
         Case::infer("A3", "trailers of 64 KiB", chunked(trailers.as_bytes()), &[400, 431]),
         // RFC 9112 §6.1: Transfer-Encoding wins, and the connection ends with the answer.

@@ -112,6 +112,20 @@ fn lists_are_bounded() {
             },
             &[413],
         ),
+        // Each of them within the limit.
+        Case::infer(
+            "B19",
+            "what expands beyond the limit together",
+            {
+                let count = (4 << 20) + 1;
+                let input = |name| {
+                    let numbers = "0,".repeat(count - 1);
+                    format!(r#"{{"name":"{name}","shape":[1,{count}],"datatype":"INT64","data":[{numbers}0]}}"#)
+                };
+                infer("identity_int64", format!(r#"{{"inputs":[{},{}]}}"#, input("x"), input("y")))
+            },
+            &[413],
+        ),
     ]);
 }
 
