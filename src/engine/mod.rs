@@ -72,7 +72,7 @@ impl Engine {
         let prepared = Prepared::check(request, &permit, version.signature(), version.batching())?;
         let reply = Reply { id, wanted: prepared.outputs.clone(), prepared: Instant::now() };
         let mut answer = version.scheduler().submit(prepared, permit).await?;
-        answer.permit.answer(answer.outputs.iter().map(|tensor| tensor.data().len()).sum())?;
+        answer.permit.hold_answer(answer.outputs.iter().map(|tensor| tensor.data().len()).sum())?;
         trace.answered(answer.timings);
         Ok(reply.fill(answer, &version, trace))
     }

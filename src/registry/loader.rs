@@ -339,7 +339,7 @@ impl Loader {
             preferred_rows,
             costs: told(|timed| &timed.told),
             wide: told(|timed| &timed.wide_told),
-            decided_by_values: staged.description.decided_by_values().map(str::to_string),
+            decided_by_values: staged.description.decided_by_values().is_some(),
             producer: staged.description.producer().to_string(),
             load_time: staged.begun.elapsed(),
             warnings,
@@ -569,9 +569,10 @@ fn scheduling(facts: &Facts, longest_inline: Option<Duration>) -> scheduler::Con
         max_delay: config.batching.max_delay.unwrap_or(defaults.max_delay),
         max_queue_requests: config.max_queue_requests.unwrap_or(defaults.max_queue_requests),
         max_queue_bytes: config.max_queue_bytes.unwrap_or(defaults.max_queue_bytes),
-        longest_inline: match facts.decided_by_values {
-            Some(_) => Duration::ZERO,
-            None => longest_inline.unwrap_or(defaults.longest_inline),
+        longest_inline: if facts.decided_by_values {
+            Duration::ZERO
+        } else {
+            longest_inline.unwrap_or(defaults.longest_inline)
         },
         ..defaults
     }

@@ -486,11 +486,15 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
+    /// What the folder lies in must be below the root.
     fn collect(&mut self, folder: &Path, depth: usize) -> std::io::Result<()> {
-        if !confined(self.root, folder)? {
-            return Ok(());
+        let mut metadata = fs::symlink_metadata(folder)?;
+        if metadata.is_symlink() {
+            if !confined(self.root, folder)? {
+                return Ok(());
+            }
+            metadata = fs::metadata(folder)?;
         }
-        let metadata = fs::metadata(folder)?;
         if !self.seen.insert((metadata.dev(), metadata.ino())) {
             return Ok(());
         }

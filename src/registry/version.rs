@@ -76,9 +76,8 @@ pub struct Facts {
     pub costs: String,
     /// Whether a request that is alone is run on all cores, and why.
     pub wide: String,
-    /// By which operator a run may take longer for what its inputs hold, if any: such runs are none for a thread that
-    /// others wait for, however short they were lately.
-    pub decided_by_values: Option<String>,
+    /// A run may take longer for what its inputs hold: none for a thread that others wait for, however short others were.
+    pub decided_by_values: bool,
     /// The exporter that wrote the file.
     pub producer: String,
     /// From the first byte copied to the end of the warm-up.

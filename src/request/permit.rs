@@ -82,7 +82,7 @@ impl Permit {
 
     /// The request is gone, its answer takes so many bytes. TooLarge where that is more than an answer may take; not
     /// refused for what others hold: it is computed.
-    pub fn answer(&mut self, bytes: usize) -> Result<()> {
+    pub fn hold_answer(&mut self, bytes: usize) -> Result<()> {
         let max = self.budget.config.max_answer_bytes;
         if bytes > max {
             return Err(Error::too_large(format!("the answer takes {bytes} bytes, expected at most {max}")));
@@ -92,11 +92,12 @@ impl Permit {
     }
 
     fn hold(&mut self, bytes: usize) {
-        let before = std::mem::replace(&mut self.bytes, bytes);
-        if bytes >= before {
-            self.budget.bytes.fetch_add(bytes - before, Ordering::Relaxed);
-        } else {
-            self.budget.bytes.fetch_sub(before - bytes, Ordering::Relaxed);
+        let (all, before) = (&self.budget.bytes, std::mem::replace(&mut self.bytes, bytes));
+        // All threads count here: no news is not told.
+        if bytes > before {
+            all.fetch_add(bytes - before, Ordering::Relaxed);
+        } else if bytes < before {
+            all.fetch_sub(before - bytes, Ordering::Relaxed);
         }
     }
 
@@ -172,12 +173,12 @@ mod tests {
         let (budget, now) = (budget(9), Instant::now());
         let mut permits: Vec<Permit> = (0..2).map(|_| budget.admit(0, now).unwrap()).collect();
         permits[0].grow(10).unwrap();
-        permits[0].answer(3).unwrap();
+        permits[0].hold_answer(3).unwrap();
         permits[1].grow(7).unwrap();
-        permits[1].answer(20).unwrap();
+        permits[1].hold_answer(20).unwrap();
         assert_eq!(budget.bytes(), 23);
         assert_eq!(budget.admit(0, now).unwrap_err().kind(), Kind::Overloaded);
-        assert_eq!(permits[0].answer(21).unwrap_err().kind(), Kind::TooLarge);
+        assert_eq!(permits[0].hold_answer(21).unwrap_err().kind(), Kind::TooLarge);
         drop(permits);
         assert_eq!((budget.requests(), budget.bytes()), (0, 0));
         assert!(budget.admit(10, now).is_ok());

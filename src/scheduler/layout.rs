@@ -22,7 +22,7 @@ const GROWTH: u32 = 4;
 const MOST_UNTIL_TRIAL: u32 = 512;
 const _: () = assert!(FIRST_TRIAL as usize >= COMPARED);
 
-/// Runs that are compared with each other: few, as what runs cost is kept for no more.
+/// Of the runs that are compared with each other; there are no more keys than times of runs are kept.
 pub(super) fn key(rows: usize, length: Option<usize>) -> (usize, usize) {
     (class(length), size(rows))
 }

@@ -1076,12 +1076,18 @@ async fn what_runs_cost_is_learned_and_can_be_handed_on() {
     assert!(bench.monitor.render().contains("tidegate_batch_limit_rows{model=\"m\",version=\"1\"} 2"), "unknown: next");
 }
 
+/// So many instances whose runs of a row take 100 s, it is said, and one on all four cores whose runs take `on_all` seconds.
+fn with_wide(instances: usize, on_all: u64) -> (Arc<Script>, Arc<Script>, Bench) {
+    let (narrow, wide): (Arc<Script>, Arc<Script>) = (Arc::default(), Arc::default());
+    let another = Wide { instance: group(&wide, 1, 4).instance, cores: 4, costs: vec![cost(1, on_all)] };
+    let group = Group { costs: vec![cost(1, 100)], wide: Some(another), ..group(&narrow, instances, 1) };
+    let bench = Bench::with(&narrow, vec![group], Bench::config());
+    (narrow, wide, bench)
+}
+
 #[tokio::test]
 async fn a_request_that_is_alone_runs_on_all_cores_and_none_that_has_company() {
-    let (narrow, wide): (Arc<Script>, Arc<Script>) = (Arc::default(), Arc::default());
-    let another = Wide { instance: group(&wide, 1, 4).instance, cores: 4, costs: vec![cost(1, 40)] };
-    let group = Group { costs: vec![cost(1, 100)], wide: Some(another), ..group(&narrow, 2, 1) };
-    let bench = Bench::with(&narrow, vec![group], Bench::config());
+    let (narrow, wide, bench) = with_wide(2, 40);
     done(bench.submit(&[1.0])).await.unwrap();
     wide.hold();
     let alone = bench.submit(&[2.0]);
@@ -1099,10 +1105,7 @@ async fn a_request_that_is_alone_runs_on_all_cores_and_none_that_has_company() {
 #[tokio::test]
 async fn what_seems_slower_is_tried_again_by_lone_requests() {
     for (expected_wide, usual) in [(40, true), (400, false)] {
-        let (narrow, wide): (Arc<Script>, Arc<Script>) = (Arc::default(), Arc::default());
-        let another = Wide { instance: group(&wide, 1, 4).instance, cores: 4, costs: vec![cost(1, expected_wide)] };
-        let group = Group { costs: vec![cost(1, 100)], wide: Some(another), ..group(&narrow, 1, 1) };
-        let bench = Bench::with(&narrow, vec![group], Bench::config());
+        let (narrow, wide, bench) = with_wide(1, expected_wide);
         // The first run of a thread does not count.
         for _ in 0..=layout::FIRST_TRIAL {
             done(bench.submit(&[1.0])).await.unwrap();
@@ -1117,10 +1120,7 @@ async fn what_seems_slower_is_tried_again_by_lone_requests() {
 
 #[tokio::test]
 async fn a_wide_instance_that_fails_is_not_tried_for_long() {
-    let (narrow, wide): (Arc<Script>, Arc<Script>) = (Arc::default(), Arc::default());
-    let another = Wide { instance: group(&wide, 1, 4).instance, cores: 4, costs: vec![cost(1, 40)] };
-    let group = Group { costs: vec![cost(1, 100)], wide: Some(another), ..group(&narrow, 1, 1) };
-    let bench = Bench::with(&narrow, vec![group], Bench::config());
+    let (narrow, wide, bench) = with_wide(1, 40);
     for _ in 0..layout::FIRST_TRIAL {
         assert_eq!(kind(bench.submit(&[FAIL])).await, Kind::BackendFailed);
     }
@@ -1134,10 +1134,7 @@ async fn a_wide_instance_that_fails_is_not_tried_for_long() {
 
 #[tokio::test]
 async fn a_wide_instance_that_panics_is_not_missed() {
-    let (narrow, wide): (Arc<Script>, Arc<Script>) = (Arc::default(), Arc::default());
-    let another = Wide { instance: group(&wide, 1, 4).instance, cores: 4, costs: vec![cost(1, 40)] };
-    let group = Group { costs: vec![cost(1, 100)], wide: Some(another), ..group(&narrow, 1, 1) };
-    let bench = Bench::with(&narrow, vec![group], Bench::config());
+    let (narrow, wide, bench) = with_wide(1, 40);
     assert_eq!(kind(bench.submit(&[PANIC])).await, Kind::BackendFailed);
     done(bench.submit(&[2.0])).await.unwrap();
     assert_eq!((wide.runs().len(), narrow.runs()), (1, vec![vec![2.0]]));

@@ -1,7 +1,7 @@
 //! Operators by which a run may take longer, or make more, for what its inputs hold, whatever their shapes.
 //!
 //! Only what the graph shows without inference: loops, branches, and sizes that are computed from the inputs' values
-//! rather than from their shapes. Of operators that other libraries define nothing is known, and none is named.
+//! rather than from their shapes. Of operators that other libraries define nothing is known.
 
 use std::collections::HashSet;
 
@@ -11,32 +11,23 @@ use super::proto::NodeProto;
 /// The first one found.
 pub(super) fn deciding(index: &Index) -> Option<String> {
     let known = sizes_and_constants(index);
-    let decides = |node: &&&NodeProto| match sizes(node) {
-        Sizes::None => false,
-        Sizes::OfItsOwn => true,
-        Sizes::OfInputs(inputs) => inputs.iter().any(|name| !name.is_empty() && !known.contains(name.as_str())),
+    let decides = |node: &&&NodeProto| {
+        let unknown = |name: &String| !name.is_empty() && !known.contains(name.as_str());
+        matches!(node.op_type.as_str(), "Loop" | "If") || sizes(node).iter().any(unknown)
     };
     index.nodes.iter().find(decides).map(|node| node.op_type.clone())
 }
 
-enum Sizes<'a> {
-    None,
-    /// However its inputs came about.
-    OfItsOwn,
-    /// Those that say how much is made.
-    OfInputs(&'a [String]),
-}
-
-fn sizes(node: &NodeProto) -> Sizes<'_> {
-    let from = |first: usize| Sizes::OfInputs(node.input.get(first..).unwrap_or_default());
-    match node.op_type.as_str() {
-        "Loop" | "If" => Sizes::OfItsOwn,
-        "Range" | "ConstantOfShape" | "HannWindow" | "HammingWindow" | "BlackmanWindow" | "MelWeightMatrix" => from(0),
+/// The inputs that say how much the node makes.
+fn sizes(node: &NodeProto) -> &[String] {
+    let first = match node.op_type.as_str() {
+        "Range" | "ConstantOfShape" | "HannWindow" | "HammingWindow" | "BlackmanWindow" | "MelWeightMatrix" => 0,
         "Expand" | "Tile" | "Resize" | "Upsample" | "OneHot" | "Pad" | "CenterCropPad" | "Col2Im" | "DFT"
-        | "AffineGrid" => from(1),
-        "MaxUnpool" => from(2),
-        _ => Sizes::None,
-    }
+        | "AffineGrid" => 1,
+        "MaxUnpool" => 2,
+        _ => return &[],
+    };
+    node.input.get(first..).unwrap_or_default()
 }
 
 /// Names whose values follow from the file and from the inputs' shapes alone. Where nodes are not in the order in which they

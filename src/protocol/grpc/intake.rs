@@ -249,16 +249,22 @@ impl<B> Inward<B> {
         self.intake.received(self.received)
     }
 
-    /// The next of what is held, where it may go.
-    fn release(&mut self) -> Poll<Option<Frame<Bytes>>> {
-        let goes = match self.framing.is_whole() {
-            true => self.held.len() > 1 || !self.intake.state().held_back,
-            false => self.received > self.framing.left,
-        };
-        match goes || self.held.is_empty() {
-            true => Poll::Ready(self.held.pop_front()),
-            false => Poll::Pending,
+    fn hold(&mut self, frame: Frame<Bytes>) {
+        if self.framing.is_whole() && (self.received > LONG || self.framing.is_compressed()) {
+            self.intake.state().held_back = true;
         }
+        self.held.push_back(frame);
+    }
+
+    /// The next of what is held, where it may go.
+    fn release(&mut self) -> Option<Frame<Bytes>> {
+        let goes = if self.framing.is_whole() { !self.holds_back() } else { self.received > self.framing.left };
+        if goes { self.held.pop_front() } else { None }
+    }
+
+    /// Whether what is left is the end of a long message, which waits for a place.
+    fn holds_back(&self) -> bool {
+        self.held.len() == 1 && self.intake.state().held_back
     }
 
     fn late(&self) -> Error {
@@ -277,23 +283,19 @@ impl<B: Body<Data = Bytes>> Body for Inward<B> {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.get_mut();
         loop {
-            match this.release() {
-                Poll::Ready(Some(frame)) => return Poll::Ready(Some(Ok(frame))),
-                // Nobody is to be woken: `follow` looks at every poll.
-                Poll::Pending if this.framing.is_whole() => return Poll::Pending,
-                _ => {}
+            if let Some(frame) = this.release() {
+                return Poll::Ready(Some(Ok(frame)));
+            }
+            // Nobody is to be woken: `follow` looks at every poll.
+            if this.holds_back() {
+                return Poll::Pending;
             }
             match this.inner.as_mut().poll_frame(cx) {
                 Poll::Pending if this.expiry.as_mut().poll(cx).is_ready() => return this.fail(this.late()),
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Some(Ok(frame))) => match frame.data_ref().map(|data| this.follow(data)) {
                     Some(Err(error)) => return this.fail(error),
-                    Some(Ok(())) => {
-                        if this.framing.is_whole() && (this.received > LONG || this.framing.is_compressed()) {
-                            this.intake.state().held_back = true;
-                        }
-                        this.held.push_back(frame);
-                    }
+                    Some(Ok(())) => this.hold(frame),
                     None => return Poll::Ready(Some(Ok(frame))),
                 },
                 Poll::Ready(Some(Err(_))) => {

@@ -65,12 +65,12 @@ pub(super) async fn write(app: &App, response: InferResponse, wanted: Wanted, ac
     let shortest = app.config.min_compressed_bytes;
     let rendering = move || {
         let mut response = wanted.classes.of(response)?;
-        response.permit.answer(bytes_of(&response, &wanted))?;
+        response.permit.hold_answer(bytes_of(&response, &wanted))?;
         let written = render(&response, &wanted)?.compressed(accepted, shortest)?;
-        response.permit.answer(written.frames.iter().map(Bytes::len).sum())?;
+        response.permit.hold_answer(written.frames.iter().map(Bytes::len).sum())?;
         Ok((written, response.permit))
     };
-    // What has been computed is not refused any more.
+    // What has been computed is not refused for a full pool any more.
     let (written, permit) = if app.is_long(work) { app.engine.cpu().finish(rendering).await?? } else { rendering()? };
 
     let mut headers = HeaderMap::with_capacity(MOST_HEADERS);

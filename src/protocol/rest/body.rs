@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
-use http_body::Body as _;
+use http_body::{Body as _, Frame};
 use http_body_util::BodyExt;
 
 use super::Config;
@@ -39,10 +39,7 @@ pub(super) async fn read(
         let deadline = latest(permit.arrived(), whole.length(), config);
         let frame = tokio::time::timeout_at(deadline.into(), body.frame()).await.map_err(|_| slow(config))?;
         let Some(frame) = frame else { return Ok(whole.into_bytes()) };
-        let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
-        if data.len() > max - whole.length() {
-            return Err(too_large(max));
-        }
+        let Some(data) = whole.next(frame, max)? else { continue };
         permit.grow(data.len())?;
         whole.push(data, declared);
     }
@@ -53,11 +50,9 @@ pub(super) async fn read_short(mut body: Body, max: usize) -> Result<Bytes> {
     let declared = declared(&body, max)?;
     let mut whole = Whole::default();
     while let Some(frame) = body.frame().await {
-        let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
-        if data.len() > max - whole.length() {
-            return Err(too_large(max));
+        if let Some(data) = whole.next(frame, max)? {
+            whole.push(data, declared);
         }
-        whole.push(data, declared);
     }
     Ok(whole.into_bytes())
 }
@@ -104,6 +99,14 @@ struct Whole {
 impl Whole {
     fn length(&self) -> usize {
         if self.rest.is_empty() { self.first.len() } else { self.rest.len() }
+    }
+
+    /// A frame's bytes, if they fit beside what is here; `None` for trailers.
+    fn next(&self, frame: Result<Frame<Bytes>, axum::Error>, max: usize) -> Result<Option<Bytes>> {
+        match frame.map_err(broken)?.into_data() {
+            Ok(data) if data.len() > max - self.length() => Err(too_large(max)),
+            data => Ok(data.ok()),
+        }
     }
 
     fn push(&mut self, data: Bytes, declared: Option<usize>) {

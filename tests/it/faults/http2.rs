@@ -1,4 +1,4 @@
-//! D1 to D8, D19: frames that no client has a reason to send, written by hand on a connection of their own.
+//! D1, D2, D4 to D6, D8, D19: frames that no client has a reason to send, written by hand on a connection of their own.
 //!
 //! Of each row it is seen how the connection ends, and that the server goes on for everybody else.
 
@@ -193,6 +193,8 @@ fn acknowledgements_of_nothing_are_ignored() {
     let sent = [vec![frame(PING, ACK, 0, &[0; 8]); 10_000], vec![frame(PING, 0, 0, b"the last")]].concat();
     let frames = answers(target.server.addresses.grpc, sent, |frame| frame.payload == b"the last");
     assert!(frames.iter().all(|frame| frame.kind != GOAWAY || frame.code() == Some(ENHANCE_YOUR_CALM)), "{frames:?}");
+    let last = frames.last().expect("an answer");
+    assert!(last.kind == GOAWAY || last.payload == b"the last", "{last:?}");
     target.is_unharmed("D5: acknowledgements");
 }
 
@@ -220,10 +222,12 @@ fn metadata_is_bounded() {
         frame(CONTINUATION, 0, 1, second),
         frame(CONTINUATION, END_HEADERS, 1, third),
     ];
+    let before = target.counted();
     let frames = answers(target.server.addresses.grpc, sent, |frame| {
         frame.kind == GOAWAY || frame.kind == RST_STREAM || frame.flags & END_STREAM != 0 && frame.kind == HEADERS
     });
     let last = frames.last().expect("an answer");
     assert!([GOAWAY, RST_STREAM, HEADERS].contains(&last.kind), "D19: {last:?}");
+    assert_eq!(target.counted(), before, "D19: no inference was begun");
     target.is_unharmed("D19");
 }
