@@ -2,6 +2,7 @@
 //! Prometheus text of what this module accumulates itself.
 
 use std::fmt::{Display, Write};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
@@ -15,7 +16,12 @@ static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, 
 pub(super) struct Exporter {
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
+    /// Written to while samples are folded: the exporter loses those that are recorded at that moment.
+    folding: RwLock<()>,
 }
+
+/// While it lives, no samples are folded.
+pub(super) type Recording<'a> = RwLockReadGuard<'a, ()>;
 
 impl Exporter {
     pub(super) fn new() -> Exporter {
@@ -38,7 +44,7 @@ impl Exporter {
             }
         }
         let handle = recorder.handle();
-        Exporter { recorder, handle }
+        Exporter { recorder, handle, folding: RwLock::default() }
     }
 
     pub(super) fn counter(&self, metric: &'static Metric, values: &[&str]) -> Counter {
@@ -53,12 +59,25 @@ impl Exporter {
         self.recorder.register_histogram(&key(metric, values), &METADATA)
     }
 
+    /// Before a histogram's samples are recorded. Waits for a scrape that is being written.
+    pub(super) fn recording(&self) -> Recording<'_> {
+        // A poisoned lock guards nothing.
+        self.folding.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `None` where it would have to be waited for.
+    pub(super) fn try_recording(&self) -> Option<Recording<'_>> {
+        self.folding.try_read().ok()
+    }
+
     pub(super) fn render(&self) -> String {
+        let _folding = self.folding.write();
         self.handle.render()
     }
 
     /// The exporter's histograms keep every sample until they are folded into buckets.
     pub(super) fn upkeep(&self) {
+        let _folding = self.folding.write();
         self.handle.run_upkeep();
     }
 }

@@ -16,7 +16,7 @@ const OUTCOMES: usize = 1 + Kind::ALL.len();
 pub(super) const PROTOCOLS: [Protocol; 2] = [Protocol::Http, Protocol::Grpc];
 
 pub(super) struct Handles {
-    exporter: Arc<Exporter>,
+    pub(super) exporter: Arc<Exporter>,
     /// Label values; `other` once too many versions have been seen.
     model: Arc<str>,
     version: Arc<str>,

@@ -1,8 +1,9 @@
 //! What requests and runs told of one version: durations and sizes on their way to the exporter, and the statistics.
 //!
 //! Kept by thread, since threads that count in one place hand its cache lines to and fro, which takes longer than
-//! counting. Invariants: a thread's share holds at most [`MOST`] of each before it is handed on, and nothing is lost: all is
-//! handed on before a scrape, every few seconds, and when the version goes.
+//! counting. Invariants: a thread's share holds at most [`MOST`] of each before it is handed on, or
+//! [`MOST_DURING_SCRAPE`] while a scrape is written, and nothing is lost: all is handed on before a scrape, every few
+//! seconds, and when the version goes.
 //!
 //! Threads: any. A share's lock is taken by its thread, or the few that have one together, and by those who read.
 
@@ -11,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
+use super::export::Recording;
 use super::latency::{Handles, PROTOCOLS};
 use super::lock;
 use super::statistics::Statistics;
@@ -20,6 +22,8 @@ use crate::request::{Protocol, Timings};
 const SHARES: usize = 8;
 /// Small enough that nobody waits for them to be handed on.
 const MOST: usize = 64;
+/// Few enough not to be noticed, and more than come in the milliseconds that a scrape takes.
+const MOST_DURING_SCRAPE: usize = 16 * MOST;
 
 #[derive(Default)]
 pub(super) struct Pending([Share; SHARES]);
@@ -57,9 +61,8 @@ impl Pending {
         let mut told = self.mine();
         told.statistics.answered(duration, timings);
         told.answered.push(Answered { protocol, duration, queue: timings.queue });
-        if told.answered.len() >= MOST {
-            told.hand_on(handles);
-        }
+        let kept = told.answered.len();
+        told.hand_on_enough(kept, handles);
     }
 
     pub(super) fn failed(&self, duration: Duration) {
@@ -73,13 +76,12 @@ impl Pending {
             told.statistics.executed(run.rows, run.phases, now_ms);
         }
         told.executed.push(run);
-        if told.executed.len() >= MOST {
-            told.hand_on(handles);
-        }
+        let kept = told.executed.len();
+        told.hand_on_enough(kept, handles);
     }
 
     pub(super) fn hand_on(&self, handles: &Handles) {
-        self.0.iter().for_each(|share| lock(&share.0).hand_on(handles));
+        self.0.iter().for_each(|share| lock(&share.0).hand_on(handles, &handles.exporter.recording()));
     }
 
     pub(super) fn statistics(&self) -> Statistics {
@@ -99,7 +101,19 @@ impl Pending {
 }
 
 impl Told {
-    fn hand_on(&mut self, handles: &Handles) {
+    /// Where so many are kept that it is worth it.
+    fn hand_on_enough(&mut self, kept: usize, handles: &Handles) {
+        let recording = match kept {
+            0..MOST => None,
+            MOST..MOST_DURING_SCRAPE => handles.exporter.try_recording(),
+            _ => Some(handles.exporter.recording()),
+        };
+        if let Some(recording) = recording {
+            self.hand_on(handles, &recording);
+        }
+    }
+
+    fn hand_on(&mut self, handles: &Handles, _: &Recording) {
         for protocol in PROTOCOLS {
             let of_it = self.answered.iter().filter(|answered| answered.protocol as usize == protocol as usize);
             let mut count = 0;
