@@ -3,13 +3,19 @@
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http_body::{Body as _, Frame};
 use http_body_util::BodyExt;
 
 use super::Config;
 use crate::error::{Error, Kind, Result};
 use crate::request::Permit;
+
+/// Of memory that every engine computes on where it lies.
+const ALIGNMENT: usize = 64;
+
+/// A declared length is believed, and room made for all of it, when one in so many of its bytes is here.
+const BELIEVED: usize = 8;
 
 /// The length the body declares, if it does. TooLarge before a byte is read where that is over `max`.
 pub(super) fn declared(body: &Body, max: usize) -> Result<Option<usize>> {
@@ -26,32 +32,34 @@ fn too_large(max: usize) -> Error {
     Error::too_large(format!("the request body is longer than {max} bytes"))
 }
 
-/// Reads the whole body. `permit` grows with what arrives, whatever was declared.
+/// Reads the whole body. `permit` grows with what arrives, whatever was declared. Of a body that comes in several parts, the
+/// byte at `tensors` lies at a multiple of [`ALIGNMENT`].
 pub(super) async fn read(
     mut body: Body,
     declared: Option<usize>,
+    tensors: usize,
     config: &Config,
     permit: &mut Permit,
 ) -> Result<Bytes> {
     let max = config.max_body_bytes;
-    let mut whole = Whole::default();
+    let mut whole = Whole::new(declared, tensors);
     loop {
         let deadline = latest(permit.arrived(), whole.length(), config);
         let frame = tokio::time::timeout_at(deadline.into(), body.frame()).await.map_err(|_| slow(config))?;
         let Some(frame) = frame else { return Ok(whole.into_bytes()) };
         let Some(data) = whole.next(frame, max)? else { continue };
         permit.grow(data.len())?;
-        whole.push(data, declared);
+        whole.push(data);
     }
 }
 
 /// Reads the whole body of a call that takes no place, of at most `max` bytes. Takes as long as the client does.
 pub(super) async fn read_short(mut body: Body, max: usize) -> Result<Bytes> {
     let declared = declared(&body, max)?;
-    let mut whole = Whole::default();
+    let mut whole = Whole::new(declared, 0);
     while let Some(frame) = body.frame().await {
         if let Some(data) = whole.next(frame, max)? {
-            whole.push(data, declared);
+            whole.push(data);
         }
     }
     Ok(whole.into_bytes())
@@ -90,13 +98,18 @@ fn broken(error: axum::Error) -> Error {
 
 /// A body as it comes in: a single frame is kept as it is, several are copied together, so that a body of tiny chunks
 /// costs no more memory than its bytes.
-#[derive(Default)]
 struct Whole {
     first: Bytes,
     rest: BytesMut,
+    declared: usize,
+    tensors: usize,
 }
 
 impl Whole {
+    fn new(declared: Option<usize>, tensors: usize) -> Whole {
+        Whole { first: Bytes::new(), rest: BytesMut::new(), declared: declared.unwrap_or_default(), tensors }
+    }
+
     fn length(&self) -> usize {
         if self.rest.is_empty() { self.first.len() } else { self.rest.len() }
     }
@@ -109,25 +122,39 @@ impl Whole {
         }
     }
 
-    fn push(&mut self, data: Bytes, declared: Option<usize>) {
+    fn push(&mut self, data: Bytes) {
         if self.length() == 0 {
             self.first = data;
             return;
         }
-        if self.rest.is_empty() {
-            self.rest.extend_from_slice(&std::mem::take(&mut self.first));
-        }
-        let missing = declared.unwrap_or_default().saturating_sub(self.rest.len());
-        if self.rest.capacity() - self.rest.len() < data.len() {
-            // Room for no more than has come already, or than is still to come.
-            self.rest.reserve(missing.min(self.rest.len()).max(data.len()));
+        let (held, length) = (self.length(), self.length() + data.len());
+        if self.rest.capacity() < length {
+            let mut larger = aligned(self.room(held, length), self.tensors);
+            larger.extend_from_slice(&self.first);
+            larger.extend_from_slice(&self.rest);
+            (self.first, self.rest) = (Bytes::new(), larger);
         }
         self.rest.extend_from_slice(&data);
+    }
+
+    /// For `length` bytes, where there was room for `held`: what was declared, once that can be believed.
+    fn room(&self, held: usize, length: usize) -> usize {
+        if self.declared / BELIEVED <= length { self.declared.max(length) } else { length.max(2 * held) }
     }
 
     fn into_bytes(self) -> Bytes {
         if self.rest.is_empty() { self.first } else { self.rest.freeze() }
     }
+}
+
+/// Empty, with room for `bytes`, of which the one at `tensors` lies at a multiple of [`ALIGNMENT`].
+fn aligned(bytes: usize, tensors: usize) -> BytesMut {
+    let mut room = BytesMut::with_capacity(bytes + ALIGNMENT);
+    let address = room.as_ptr() as usize;
+    let skipped = address.wrapping_add(tensors).wrapping_neg() % ALIGNMENT;
+    room.put_bytes(0, skipped);
+    room.advance(skipped);
+    room
 }
 
 #[cfg(test)]
@@ -169,7 +196,7 @@ mod tests {
     async fn read_all(chunks: Vec<&'static [u8]>, end: End, config: &Config, budget: usize) -> Result<Bytes> {
         let budget = Budget::new(BudgetConfig { max_requests: 1, max_bytes: budget, ..BudgetConfig::default() });
         let mut permit = budget.admit(0, Instant::now()).unwrap();
-        let read = read(Body::new(Chunks(chunks.into_iter(), end)), None, config, &mut permit).await;
+        let read = read(Body::new(Chunks(chunks.into_iter(), end)), None, 0, config, &mut permit).await;
         if let Ok(bytes) = &read {
             assert_eq!(permit.bytes(), bytes.len());
         }
@@ -215,6 +242,35 @@ mod tests {
         let config = Config { body_grace: Duration::ZERO, ..Config::default() };
         let error = read_all(vec![b"abc"], End::Silence, &config, 100).await.unwrap_err();
         assert_eq!(error.kind(), Kind::RequestTimeout);
+    }
+
+    #[test]
+    fn a_declared_length_makes_room_once_an_eighth_is_here() {
+        let part = Bytes::from(vec![7; 1000]);
+        let mut whole = Whole::new(Some(80_000), 0);
+        let mut grown = Vec::new();
+        for parts in 1..=80 {
+            whole.push(part.clone());
+            grown.push(whole.rest.capacity());
+            assert_eq!(whole.length(), 1000 * parts);
+        }
+        assert!(grown[..9].iter().all(|room| *room <= 16_000 + ALIGNMENT), "{grown:?}");
+        let last = grown[79];
+        assert!(last >= 80_000 && grown[16..].iter().all(|room| *room + 70_000 > last), "{grown:?}");
+        assert_eq!(whole.into_bytes(), vec![7; 80_000]);
+    }
+
+    #[test]
+    fn tensors_are_aligned_wherever_they_begin() {
+        for tensors in [0, 1, 63, 64, 65, 130, 5000] {
+            for declared in [None, Some(20), Some(6000)] {
+                let mut whole = Whole::new(declared, tensors);
+                (0..60_u8).for_each(|part| whole.push(Bytes::from(vec![part; 100])));
+                let bytes = whole.into_bytes();
+                assert!((bytes.as_ptr() as usize + tensors).is_multiple_of(ALIGNMENT), "{tensors} {declared:?}");
+                assert!(bytes.chunks(100).zip(0..60_u8).all(|(chunk, part)| chunk == [part; 100]));
+            }
+        }
     }
 
     #[test]

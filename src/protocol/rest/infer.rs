@@ -88,7 +88,8 @@ fn signature_of(app: &App, model: &ModelRef) -> Result<Arc<Signature>> {
 /// Reads the body into the request that every protocol hands to the engine.
 async fn receive(app: &App, announced: Announced, mut permit: Permit) -> Result<(InferRequest, Wanted, Permit)> {
     let Announced { model, head, declared, body } = announced;
-    let body = body::read(body, declared, &app.config, &mut permit).await?;
+    let tensors = if let Layout::Split(json) = head.layout { json } else { 0 };
+    let body = body::read(body, declared, tensors, &app.config, &mut permit).await?;
     let signature = if head.layout == Layout::Raw { Some(signature_of(app, &model)?) } else { None };
     // How much a compressed body holds is not known before it is decompressed.
     let bytes = if head.encoding == Encoding::Identity { body.len() } else { usize::MAX };
