@@ -6,8 +6,8 @@
 //!
 //! Owns whether it may be, and the run. Invariants: nothing is overtaken: what runs at once finds an empty queue, and a
 //! collector takes what a worker would; nothing is waited for, since the instance is idle and promised to nobody; the
-//! thread is held for about [`Config::longest_inline`]. What a collector finds that takes longer, or fails together, it
-//! leaves to a worker. The compute gate is for workers: I/O threads share the cores with them anyway, and spend more on
+//! thread is held for about [`Config::longest_inline`], and by a large request for as much again as by reading it. What a
+//! collector finds that takes longer, or fails together, it leaves to a worker. The compute gate is for workers: I/O threads share the cores with them anyway, and spend more on
 //! a JSON body than on such a run.
 //!
 //! Runs on the caller's thread, an I/O thread mostly. What the caller is not told of the instance, a panic for one, is
@@ -28,7 +28,9 @@ use crate::request::{Permit, Prepared, Timings};
 
 /// Inputs of so many bytes or more are a worker's.
 const MOST_BYTES: usize = 1 << (SIZES - 1);
-const SIZES: usize = 20;
+const SIZES: usize = 22;
+/// Reading so many bytes takes a thread a nanosecond at least.
+const READ_IN_A_NANOSECOND: usize = 4;
 /// Of the way down to what a run took, in one step. The way up takes one step: most that is slow was only interrupted, but
 /// a model that is slow now and then must not be taken for quick.
 const FALL: u64 = 2;
@@ -116,8 +118,8 @@ impl Shared {
     pub(super) fn run_inline(self: &Arc<Self>, prepared: Prepared, permit: Permit) -> Result<Inline> {
         let (bytes, started) = (prepared.input_bytes(), Instant::now());
         let expired = prepared.deadline.is_some_and(|deadline| deadline <= started);
-        let at_once = !expired && self.was_quick(bytes) && !self.pace.collects();
-        let Some(mut turn) = at_once.then(|| self.inline_turn(&prepared)).flatten() else {
+        let at_once = !expired && self.runs_at_once(bytes);
+        let Some(mut turn) = at_once.then(|| self.inline_turn(&prepared, bytes)).flatten() else {
             return Ok(Inline::NotNow(prepared, permit));
         };
         let result = self.run_engine(&mut turn.instance, &[&prepared.inputs]);
@@ -143,14 +145,30 @@ impl Shared {
         BatchExecuted { version, requests: 1, rows, data, padding, input, gather_and_compute, split, failed }.emit();
     }
 
-    /// By what such requests took lately, on whatever they brought.
-    fn was_quick(&self, bytes: usize) -> bool {
-        self.quickness.expect(bytes).is_some_and(|expected| expected <= self.config.longest_inline)
+    /// By what such requests took lately, on whatever they brought. One that takes longer than others may be collected
+    /// for is not one of those that come fast.
+    pub(super) fn runs_at_once(&self, bytes: usize) -> bool {
+        self.quickness.expect(bytes).is_some_and(|expected| {
+            if expected > self.config.longest_inline {
+                expected <= self.longest_alone(bytes)
+            } else {
+                !self.pace.collects()
+            }
+        })
     }
 
-    /// By that, and by what runs of so many rows of such an extent cost.
+    /// For a request that runs alone: no longer than any may take, and what reading it took the thread before.
+    fn longest_alone(&self, bytes: usize) -> Duration {
+        let longest = self.config.longest_inline;
+        let reading = Duration::from_nanos((bytes / READ_IN_A_NANOSECOND) as u64);
+        if longest.is_zero() { longest } else { longest.saturating_add(reading) }
+    }
+
+    /// By what such requests took lately, and by what runs of so many rows of such an extent cost.
     pub(super) fn is_quick(&self, costs: &CostModel, job: &Job) -> bool {
-        self.was_quick(job.bytes()) && self.takes_little(costs, job.rows, job.extent)
+        let was_quick =
+            self.quickness.expect(job.bytes()).is_some_and(|expected| expected <= self.config.longest_inline);
+        was_quick && self.takes_little(costs, job.rows, job.extent)
     }
 
     fn takes_little(&self, costs: &CostModel, rows: usize, extent: Option<usize>) -> bool {
@@ -192,10 +210,11 @@ impl Shared {
     }
 
     /// An instance of one thread on the CPU, if it is this request's turn.
-    fn inline_turn(self: &Arc<Self>, prepared: &Prepared) -> Option<Turn<'_>> {
+    fn inline_turn(self: &Arc<Self>, prepared: &Prepared, bytes: usize) -> Option<Turn<'_>> {
         let mut state = lock(&self.state);
         let group = self.lends(&state).filter(|_| state.batcher.is_empty())?;
-        if !self.takes_little(state.limits[group].costs(), prepared.rows, extent_of(prepared)) {
+        let expected = state.limits[group].costs().predict(prepared.rows, extent_of(prepared));
+        if expected.is_some_and(|expected| expected > self.longest_alone(bytes)) {
             return None;
         }
         let instance = state.take_idle(group);

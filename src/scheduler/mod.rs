@@ -90,7 +90,8 @@ pub struct Config {
     pub max_queue_bytes: usize,
     /// How long an idle worker thread lingers before it exits (its instance is kept).
     pub linger: Duration,
-    /// Requests whose runs are expected to take no longer may run on the thread that submits them; zero: none may.
+    /// Requests whose runs are expected to take no longer may run on the thread that submits them, large ones for as much
+    /// longer as reading them takes; zero: none may.
     pub longest_inline: Duration,
 }
 

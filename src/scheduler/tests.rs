@@ -951,6 +951,27 @@ async fn a_short_run_is_its_callers_own() {
 }
 
 #[tokio::test]
+async fn a_request_that_took_long_to_read_may_run_as_long_where_it_was_read() {
+    const SMALL: usize = 120;
+    const LARGE: usize = 1 << 20;
+    let micros = Duration::from_micros;
+    let took = |longest_inline: Duration, bytes: usize, took: u64| {
+        let bench = Bench::new(Config { longest_inline, ..Bench::config() });
+        bench.scheduler.shared.quickness.learn(bytes, micros(took), true);
+        let at_once: Vec<bool> = (0..100).map(|_| bench.scheduler.shared.runs_at_once(bytes)).collect();
+        bench.join();
+        at_once
+    };
+    let (always, never) = (vec![true; 100], vec![false; 100]);
+    assert_eq!(took(micros(50), LARGE, 200), always, "too long to be collected with others");
+    assert_eq!(took(micros(50), LARGE, 400), never);
+    assert_eq!(took(micros(50), SMALL, 60), never);
+    let others_are_looked_for = took(micros(50), SMALL, 10);
+    assert!(others_are_looked_for[0] && !others_are_looked_for[99]);
+    assert_eq!(took(Duration::ZERO, LARGE, 10), never, "switched off");
+}
+
+#[tokio::test]
 async fn a_run_of_its_callers_overtakes_nobody_and_takes_no_promised_instance() {
     let bench = quick().await;
     let first = bench.occupy_a_worker();
