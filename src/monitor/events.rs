@@ -32,7 +32,7 @@ impl RequestFinished<'_> {
             }
             (Some(_), Ok(_)) if !monitor.measures => {}
             (Some(version), Ok(timings)) => {
-                version.pending.answered(&version.handles, protocol, duration, timings);
+                version.pending.answered(protocol, duration, timings);
             }
             (Some(version), Err(kind)) => {
                 version.handles.requests(protocol, Some(kind)).increment(1);
@@ -93,7 +93,7 @@ impl BatchExecuted<'_> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
         let (positions, phases) = ([data, padding], [input, gather_and_compute, split]);
-        version.pending.executed(&version.handles, Executed { rows, positions, phases, failed }, now_ms);
+        version.pending.executed(&Executed { rows, positions, phases, failed }, now_ms);
         tracing::trace!(
             model = %version.model, version = %version.version, requests, rows, padding, failed,
             gather_and_compute_us = gather_and_compute.as_micros(), split_us = split.as_micros(), "batch executed"

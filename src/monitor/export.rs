@@ -1,12 +1,16 @@
-//! Getting metrics out: the exporter's recorder, which is a value here and never the process's global one, and the
-//! Prometheus text of what this module accumulates itself.
+//! Getting metrics out: the exporter's recorder, which is a value here and never the process's global one, histograms,
+//! of which the recorder would keep every sample until it is asked, and the Prometheus text of what this module
+//! accumulates itself.
 
+use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, MutexGuard};
 
-use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use metrics::{Counter, Gauge, Key, Label, Level, Metadata, Recorder};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
+use super::histogram::Histogram;
+use super::lock;
 use super::names::{self, Metric, Shape};
 
 static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, Some(module_path!()));
@@ -16,35 +20,26 @@ static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, 
 pub(super) struct Exporter {
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
-    /// Written to while samples are folded: the exporter loses those that are recorded at that moment.
-    folding: RwLock<()>,
+    /// Held while a scrape is written, and by who adds to several series that should agree with each other.
+    histograms: Mutex<Histograms>,
 }
 
-/// While it lives, no samples are folded.
-pub(super) type Recording<'a> = RwLockReadGuard<'a, ()>;
+/// By metric and label values.
+#[derive(Default)]
+pub(super) struct Histograms(BTreeMap<&'static str, BTreeMap<Vec<Box<str>>, Histogram>>);
 
 impl Exporter {
     pub(super) fn new() -> Exporter {
-        let mut builder = PrometheusBuilder::new();
-        for metric in names::ALL {
-            if let Shape::Histogram(bounds) = metric.shape {
-                #[expect(clippy::expect_used, reason = "fails on empty bounds only, and the bounds are constants")]
-                let next = builder
-                    .set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), bounds)
-                    .expect("bounds are not empty");
-                builder = next;
-            }
-        }
-        let recorder = builder.build_recorder();
+        let recorder = PrometheusBuilder::new().build_recorder();
         for metric in names::ALL {
             match metric.shape {
                 Shape::Counter => recorder.describe_counter(metric.name.into(), None, metric.help.into()),
                 Shape::Gauge => recorder.describe_gauge(metric.name.into(), None, metric.help.into()),
-                Shape::Histogram(_) => recorder.describe_histogram(metric.name.into(), None, metric.help.into()),
+                Shape::Histogram(_) => {}
             }
         }
         let handle = recorder.handle();
-        Exporter { recorder, handle, folding: RwLock::default() }
+        Exporter { recorder, handle, histograms: Mutex::default() }
     }
 
     pub(super) fn counter(&self, metric: &'static Metric, values: &[&str]) -> Counter {
@@ -55,30 +50,36 @@ impl Exporter {
         self.recorder.register_gauge(&key(metric, values), &METADATA)
     }
 
-    pub(super) fn histogram(&self, metric: &'static Metric, values: &[&str]) -> Histogram {
-        self.recorder.register_histogram(&key(metric, values), &METADATA)
-    }
-
-    /// Before a histogram's samples are recorded. Waits for a scrape that is being written.
-    pub(super) fn recording(&self) -> Recording<'_> {
-        // A poisoned lock guards nothing.
-        self.folding.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// `None` where it would have to be waited for.
-    pub(super) fn try_recording(&self) -> Option<Recording<'_>> {
-        self.folding.try_read().ok()
+    /// While it lives, no scrape is written.
+    pub(super) fn histograms(&self) -> MutexGuard<'_, Histograms> {
+        lock(&self.histograms)
     }
 
     pub(super) fn render(&self) -> String {
-        let _folding = self.folding.write();
-        self.handle.render()
+        let histograms = self.histograms();
+        let mut out = self.handle.render();
+        histograms.write(&mut out);
+        out
+    }
+}
+
+impl Histograms {
+    pub(super) fn add(&mut self, metric: &'static Metric, values: &[&str], counted: &Histogram) {
+        if !counted.is_empty() {
+            let series = self.0.entry(metric.name).or_default();
+            let values = values.iter().map(|value| (*value).into()).collect();
+            series.entry(values).or_insert_with(|| Histogram::new(counted.bounds)).merge(counted);
+        }
     }
 
-    /// The exporter's histograms keep every sample until they are folded into buckets.
-    pub(super) fn upkeep(&self) {
-        let _folding = self.folding.write();
-        self.handle.run_upkeep();
+    fn write(&self, out: &mut String) {
+        for metric in names::ALL {
+            let mut family = Family::new(out, metric);
+            for (values, histogram) in self.0.get(metric.name).into_iter().flatten() {
+                let values: Vec<&str> = values.iter().map(|value| &**value).collect();
+                family.histogram(&values, histogram);
+            }
+        }
     }
 }
 
@@ -106,16 +107,15 @@ impl<'a> Family<'a> {
         self.line("", values, None, value);
     }
 
-    /// `counts` has one entry per bound and one for what is above the last.
-    pub(super) fn histogram(&mut self, values: &[&str], bounds: &[f64], counts: &[u64], sum: f64) {
+    pub(super) fn histogram(&mut self, values: &[&str], histogram: &Histogram) {
         let mut cumulative = 0;
-        for (bound, count) in bounds.iter().zip(counts) {
+        for (bound, count) in histogram.bounds.iter().zip(&histogram.counts) {
             cumulative += count;
             self.line("_bucket", values, Some(bound), cumulative);
         }
-        let total: u64 = counts.iter().sum();
+        let total = histogram.count();
         self.line("_bucket", values, Some(&"+Inf"), total);
-        self.line("_sum", values, None, Number(sum));
+        self.line("_sum", values, None, Number(histogram.sum()));
         self.line("_count", values, None, total);
     }
 
@@ -198,7 +198,9 @@ mod tests {
     #[test]
     fn histograms_are_cumulative() {
         let mut out = String::new();
-        Family::new(&mut out, &names::VALUES).histogram(&["m", "1", "y"], &[0.5, 1.0], &[1, 2, 3], 7.25);
+        let mut histogram = Histogram::new(&[0.5, 1.0]);
+        [0.25, 0.75, 1.0, 1.25, 1.75, 2.25].into_iter().for_each(|value| histogram.add(value));
+        Family::new(&mut out, &names::VALUES).histogram(&["m", "1", "y"], &histogram);
         let lines: Vec<&str> = out.lines().skip(2).map(|line| line.rsplit(',').next().unwrap()).collect();
         assert_eq!(lines, ["le=\"0.5\"} 1", "le=\"1\"} 3", "le=\"+Inf\"} 6", "output=\"y\"} 7.25", "output=\"y\"} 6"]);
     }

@@ -1,12 +1,12 @@
-//! The exporter's series of one version: handles, registered when first needed and kept, so that recording on the
-//! request path is a few atomic operations, and versions that nobody calls have few series.
+//! The exporter's counters of one version: handles, registered when first needed and kept, so that versions that nobody
+//! calls have few series.
 
 use std::sync::{Arc, OnceLock};
 
-use metrics::{Counter, Histogram};
+use metrics::Counter;
 
 use super::export::Exporter;
-use super::names::{self, Metric};
+use super::names;
 use crate::error::Kind;
 use crate::request::Protocol;
 
@@ -18,13 +18,9 @@ pub(super) const PROTOCOLS: [Protocol; 2] = [Protocol::Http, Protocol::Grpc];
 pub(super) struct Handles {
     pub(super) exporter: Arc<Exporter>,
     /// Label values; `other` once too many versions have been seen.
-    model: Arc<str>,
-    version: Arc<str>,
+    pub(super) model: Arc<str>,
+    pub(super) version: Arc<str>,
     requests: [[OnceLock<Counter>; OUTCOMES]; PROTOCOLS.len()],
-    request_duration: [OnceLock<Histogram>; PROTOCOLS.len()],
-    queue_duration: OnceLock<Histogram>,
-    infer_duration: OnceLock<Histogram>,
-    batch_size: OnceLock<Histogram>,
     positions: OnceLock<[Counter; 2]>,
     pub(super) executions: Counter,
     pub(super) execution_failures: Counter,
@@ -43,10 +39,6 @@ impl Handles {
             model,
             version,
             requests: Default::default(),
-            request_duration: Default::default(),
-            queue_duration: OnceLock::new(),
-            infer_duration: OnceLock::new(),
-            batch_size: OnceLock::new(),
             positions: OnceLock::new(),
             executions,
             execution_failures,
@@ -68,34 +60,12 @@ impl Handles {
         })
     }
 
-    pub(super) fn request_duration(&self, protocol: Protocol) -> &Histogram {
-        self.request_duration[protocol as usize].get_or_init(|| {
-            self.exporter.histogram(&names::REQUEST_DURATION, &[&self.model, &self.version, protocol.label()])
-        })
-    }
-
-    pub(super) fn queue_duration(&self) -> &Histogram {
-        self.histogram(&self.queue_duration, &names::QUEUE_DURATION)
-    }
-
-    pub(super) fn infer_duration(&self) -> &Histogram {
-        self.histogram(&self.infer_duration, &names::INFER_DURATION)
-    }
-
-    pub(super) fn batch_size(&self) -> &Histogram {
-        self.histogram(&self.batch_size, &names::BATCH_SIZE)
-    }
-
     /// Along the sequences of batches: as sent, and filled up.
     pub(super) fn positions(&self) -> &[Counter; 2] {
         self.positions.get_or_init(|| {
             ["data", "padding"]
                 .map(|kind| self.exporter.counter(&names::SEQUENCE_POSITIONS, &[&self.model, &self.version, kind]))
         })
-    }
-
-    fn histogram<'a>(&self, cell: &'a OnceLock<Histogram>, metric: &'static Metric) -> &'a Histogram {
-        cell.get_or_init(|| self.exporter.histogram(metric, &[&self.model, &self.version]))
     }
 }
 

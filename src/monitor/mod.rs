@@ -4,10 +4,10 @@
 //! scrape. Other modules emit events; none names a metric. Knows nothing of HTTP, of engines or of how requests are
 //! scheduled.
 //!
-//! Two kinds of series. What counts over the process's life goes through the exporter's recorder, a value of the
-//! [`Monitor`] and not a global one, so that servers in one process do not mix. What belongs to one version (gauges,
-//! distributions, and the statistics that protocols tell) lives in its [`VersionMonitor`] and vanishes with it. Memory
-//! stays flat without scrapes as long as [`Monitor::upkeep`] is called.
+//! Two kinds of series. What counts over the process's life goes through the exporter, a value of the [`Monitor`] and not
+//! a global one, so that servers in one process do not mix. What belongs to one version (gauges, distributions, and the
+//! statistics that protocols tell) lives in its [`VersionMonitor`] and vanishes with it. What requests tell is counted by
+//! thread (`shares`) and put together when it is read. Memory stays flat without scrapes.
 //!
 //! Threads: everything may be called from anywhere. Recording takes no lock but those of an output's distribution, which is
 //! held for a few additions, and of a thread's own share of what is told of a version.
@@ -15,10 +15,12 @@
 mod distribution;
 pub mod events;
 mod export;
+mod histogram;
 mod latency;
 pub mod names;
 mod pending;
 mod process;
+mod shares;
 mod statistics;
 
 use std::collections::{HashMap, HashSet};
@@ -31,8 +33,9 @@ use metrics::{Counter, Gauge};
 use crate::error::Kind;
 use crate::request::VersionId;
 use crate::tensor::{OutputKind, Tensor};
-use distribution::{Distribution, Histogram, OutputMonitor};
+use distribution::{Distribution, OutputMonitor};
 use export::{Exporter, Family, Number};
+use histogram::Histogram;
 use latency::{Handles, PROTOCOLS};
 use names::{MAX_LABELLED_VERSIONS, MAX_MONITORED_OUTPUTS, OTHER};
 
@@ -100,12 +103,6 @@ impl Monitor {
         write_predictions(&mut out, &snapshots);
         process::write(&mut out);
         out
-    }
-
-    /// Folds what histograms have collected; called every few seconds by the observation thread, scraped or not.
-    pub fn upkeep(&self) {
-        self.hand_on();
-        self.exporter.upkeep();
     }
 
     fn hand_on(&self) {
@@ -328,7 +325,7 @@ fn write_predictions(out: &mut String, snapshots: &[Snapshot]) {
         let mut family = Family::new(out, metric);
         for snapshot in snapshots {
             if let Some(histogram) = of(&snapshot.distribution).filter(|histogram| !histogram.is_empty()) {
-                family.histogram(&snapshot.labels(), histogram.bounds, &histogram.counts, histogram.sum());
+                family.histogram(&snapshot.labels(), histogram);
             }
         }
     };
@@ -701,7 +698,7 @@ mod tests {
         let all = (THREADS * EACH) as u64;
         let statistics = version.statistics();
         assert_eq!((statistics.executions, statistics.inferences, statistics.success.count), (all, 2 * all, all));
-        // Not shown yet: too few for a share to be handed on by itself.
+        // Not shown yet: a share is handed on for a scrape, and when the version goes.
         answer(0);
         drop(version);
         let samples = parse(&monitor.render());
@@ -729,7 +726,6 @@ mod tests {
         for _ in 0..ROUNDS {
             (0..SAMPLES).for_each(|_| execute(&version, 1, false));
             version.fold(std::slice::from_ref(&logits), RUN);
-            monitor.upkeep();
         }
         let grown = process::resident_memory().unwrap() - before;
         // Kept samples would take more than 250 MB; other tests of this process may hold some MB meanwhile.

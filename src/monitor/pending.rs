@@ -1,50 +1,42 @@
-//! What requests and runs told of one version: durations and sizes on their way to the exporter, and the statistics.
+//! What requests and runs told of one version: counts, durations and sizes on their way to the exporter, and the
+//! statistics.
 //!
-//! Kept by thread, since threads that count in one place hand its cache lines to and fro, which takes longer than
-//! counting. Invariants: a thread's share holds at most [`MOST`] of each before it is handed on, or
-//! [`MOST_DURING_SCRAPE`] while a scrape is written, and nothing is lost: all is handed on before a scrape, every few
-//! seconds, and when the version goes.
+//! Invariants: nothing is lost, and nothing shown twice: all is handed on before a scrape, and when the version goes.
+//! What is kept until then is counts, whose number does not grow.
 //!
-//! Threads: any. A share's lock is taken by its thread, or the few that have one together, and by those who read.
+//! Threads: any; each counts in its own share.
 
-use std::cell::Cell;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
-use super::export::Recording;
+use super::export::Histograms;
+use super::histogram::Histogram;
 use super::latency::{Handles, PROTOCOLS};
-use super::lock;
+use super::names::{self, BATCH_BUCKETS, DURATION_BUCKETS};
+use super::shares::Shares;
 use super::statistics::Statistics;
 use crate::request::{Protocol, Timings};
 
-/// As many threads as read requests on a large machine, and more workers than run at once on a small one.
-const SHARES: usize = 8;
-/// Small enough that nobody waits for them to be handed on.
-const MOST: usize = 64;
-/// Few enough not to be noticed, and more than come in the milliseconds that a scrape takes.
-const MOST_DURING_SCRAPE: usize = 16 * MOST;
-
 #[derive(Default)]
-pub(super) struct Pending([Share; SHARES]);
-
-/// On cache lines of its own; processors fetch them in pairs.
-#[derive(Default)]
-#[repr(align(128))]
-struct Share(Mutex<Told>);
+pub(super) struct Pending(Shares<Told>);
 
 #[derive(Default)]
 struct Told {
-    answered: Vec<Answered>,
-    executed: Vec<Executed>,
+    counted: Counted,
     /// Since the version was loaded: these stay.
     statistics: Statistics,
 }
 
-struct Answered {
-    protocol: Protocol,
-    duration: Duration,
-    queue: Duration,
+/// Since it was last handed on.
+struct Counted {
+    /// By protocol.
+    request_duration: [Histogram; PROTOCOLS.len()],
+    queue_duration: Histogram,
+    infer_duration: Histogram,
+    batch_size: Histogram,
+    failures: u64,
+    inferences: u64,
+    /// Of sequences: as sent, and filled up.
+    positions: [u64; 2],
 }
 
 /// One run.
@@ -57,90 +49,105 @@ pub(super) struct Executed {
 }
 
 impl Pending {
-    pub(super) fn answered(&self, handles: &Handles, protocol: Protocol, duration: Duration, timings: &Timings) {
-        let mut told = self.mine();
-        told.statistics.answered(duration, timings);
-        told.answered.push(Answered { protocol, duration, queue: timings.queue });
-        let kept = told.answered.len();
-        told.hand_on_enough(kept, handles);
+    pub(super) fn answered(&self, protocol: Protocol, duration: Duration, timings: &Timings) {
+        self.0.count(Told::default, |told| {
+            told.statistics.answered(duration, timings);
+            told.counted.request_duration[protocol as usize].add(duration.as_secs_f64());
+            told.counted.queue_duration.add(timings.queue.as_secs_f64());
+        });
     }
 
     pub(super) fn failed(&self, duration: Duration) {
-        self.mine().statistics.failed(duration);
+        self.0.count(Told::default, |told| told.statistics.failed(duration));
     }
 
     /// `now_ms` is since the epoch.
-    pub(super) fn executed(&self, handles: &Handles, run: Executed, now_ms: u64) {
-        let mut told = self.mine();
-        if !run.failed {
-            told.statistics.executed(run.rows, run.phases, now_ms);
-        }
-        told.executed.push(run);
-        let kept = told.executed.len();
-        told.hand_on_enough(kept, handles);
+    pub(super) fn executed(&self, run: &Executed, now_ms: u64) {
+        self.0.count(Told::default, |told| {
+            if !run.failed {
+                told.statistics.executed(run.rows, run.phases, now_ms);
+            }
+            told.counted.executed(run);
+        });
     }
 
     pub(super) fn hand_on(&self, handles: &Handles) {
-        self.0.iter().for_each(|share| lock(&share.0).hand_on(handles, &handles.exporter.recording()));
+        let mut histograms = handles.exporter.histograms();
+        let mut all = Counted::default();
+        self.0.for_each(|told| all.take(&mut told.counted));
+        all.hand_on(handles, &mut histograms);
     }
 
     pub(super) fn statistics(&self) -> Statistics {
         let mut sum = Statistics::default();
-        // As of one moment. Nobody else holds more than one.
-        let all = self.0.each_ref().map(|share| lock(&share.0));
-        all.iter().for_each(|told| sum.merge(&told.statistics));
+        self.0.for_each_at_once(|told| sum.merge(&told.statistics));
         sum
-    }
-
-    /// The calling thread's share.
-    fn mine(&self) -> MutexGuard<'_, Told> {
-        static THREADS: AtomicUsize = AtomicUsize::new(0);
-        thread_local!(static MINE: Cell<usize> = Cell::new(THREADS.fetch_add(1, Ordering::Relaxed) % SHARES));
-        lock(&self.0[MINE.get()].0)
     }
 }
 
-impl Told {
-    /// Where so many are kept that it is worth it.
-    fn hand_on_enough(&mut self, kept: usize, handles: &Handles) {
-        let recording = match kept {
-            0..MOST => None,
-            MOST..MOST_DURING_SCRAPE => handles.exporter.try_recording(),
-            _ => Some(handles.exporter.recording()),
-        };
-        if let Some(recording) = recording {
-            self.hand_on(handles, &recording);
+impl Default for Counted {
+    fn default() -> Counted {
+        let durations = || Histogram::new(DURATION_BUCKETS);
+        Counted {
+            request_duration: PROTOCOLS.map(|_| durations()),
+            queue_duration: durations(),
+            infer_duration: durations(),
+            batch_size: Histogram::new(BATCH_BUCKETS),
+            failures: 0,
+            inferences: 0,
+            positions: [0; 2],
         }
     }
+}
 
-    fn hand_on(&mut self, handles: &Handles, _: &Recording) {
-        for protocol in PROTOCOLS {
-            let of_it = self.answered.iter().filter(|answered| answered.protocol as usize == protocol as usize);
-            let mut count = 0;
-            for answered in of_it {
-                count += 1;
-                handles.request_duration(protocol).record(answered.duration.as_secs_f64());
-                handles.queue_duration().record(answered.queue.as_secs_f64());
-            }
-            if count > 0 {
-                handles.requests(protocol, None).increment(count);
-            }
+impl Counted {
+    fn executed(&mut self, run: &Executed) {
+        let Executed { rows, positions, phases: [_, compute, _], failed } = *run;
+        self.batch_size.add(rows as f64);
+        self.infer_duration.add(compute.as_secs_f64());
+        if failed {
+            self.failures += 1;
+        } else {
+            self.inferences += rows as u64;
         }
-        self.answered.clear();
-        for Executed { rows, positions: [data, padding], phases: [_, compute, _], failed } in self.executed.drain(..) {
-            handles.executions.increment(1);
-            if failed {
-                handles.execution_failures.increment(1);
-            } else {
-                handles.inferences.increment(rows as u64);
-            }
-            handles.batch_size().record(rows as f64);
-            if data > 0 {
-                let [sent, filled] = handles.positions();
-                sent.increment(data as u64);
-                filled.increment(padding as u64);
-            }
-            handles.infer_duration().record(compute.as_secs_f64());
+        self.positions[0] += positions[0] as u64;
+        self.positions[1] += positions[1] as u64;
+    }
+
+    /// Adds what another counted, which begins anew where it is: its memory is its thread's.
+    fn take(&mut self, other: &mut Counted) {
+        let mine = self.histograms_mut();
+        mine.into_iter().zip(other.histograms_mut()).for_each(|(mine, theirs)| mine.take(theirs));
+        let counts = self.counts_mut();
+        counts.into_iter().zip(other.counts_mut()).for_each(|(mine, theirs)| *mine += std::mem::take(theirs));
+    }
+
+    fn histograms_mut(&mut self) -> [&mut Histogram; 5] {
+        let [http, grpc] = &mut self.request_duration;
+        [http, grpc, &mut self.queue_duration, &mut self.infer_duration, &mut self.batch_size]
+    }
+
+    fn counts_mut(&mut self) -> [&mut u64; 4] {
+        let [data, padding] = &mut self.positions;
+        [&mut self.failures, &mut self.inferences, data, padding]
+    }
+
+    fn hand_on(&self, handles: &Handles, histograms: &mut Histograms) {
+        let (model, version) = (&*handles.model, &*handles.version);
+        for (protocol, durations) in PROTOCOLS.into_iter().zip(&self.request_duration) {
+            handles.requests(protocol, None).increment(durations.count());
+            histograms.add(&names::REQUEST_DURATION, &[model, version, protocol.label()], durations);
+        }
+        histograms.add(&names::QUEUE_DURATION, &[model, version], &self.queue_duration);
+        histograms.add(&names::INFER_DURATION, &[model, version], &self.infer_duration);
+        histograms.add(&names::BATCH_SIZE, &[model, version], &self.batch_size);
+        handles.executions.increment(self.batch_size.count());
+        handles.execution_failures.increment(self.failures);
+        handles.inferences.increment(self.inferences);
+        if self.positions[0] > 0 {
+            let [sent, filled] = handles.positions();
+            sent.increment(self.positions[0]);
+            filled.increment(self.positions[1]);
         }
     }
 }

@@ -262,7 +262,7 @@ impl Life {
         let http = bind("HTTP", config.http).await?;
         let grpc = bind("gRPC", config.grpc).await?;
         let admin_router = rest::admin(Arc::clone(engine), config.rest.clone());
-        let admin = plane::spawn("admin", config.admin, admin_router, self.phase.subscribe(), std::future::pending())?;
+        let admin = plane::spawn("admin", config.admin, admin_router, self.phase.subscribe())?;
         let addresses = Addresses {
             http: local(&http, config.http),
             grpc: local(&grpc, config.grpc),

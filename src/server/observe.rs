@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
@@ -16,9 +15,6 @@ use super::plane;
 use crate::engine::Engine;
 use crate::monitor::{Monitor, events};
 use crate::request::Phase;
-
-/// How often histograms fold what they have collected, scraped or not.
-const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What the observation plane looks at.
 #[derive(Clone)]
@@ -58,14 +54,7 @@ pub(super) fn spawn(address: SocketAddr, probe: Probe) -> Result<Observation, Se
         .route("/livez", get(live))
         .route("/readyz", get(ready))
         .with_state(shared);
-    let monitor = probe.monitor;
-    let upkeep = async move {
-        loop {
-            tokio::time::sleep(UPKEEP_INTERVAL).await;
-            monitor.upkeep();
-        }
-    };
-    let address = plane::spawn("observation", address, router, probe.phase, upkeep)?;
+    let address = plane::spawn("observation", address, router, probe.phase)?;
     Ok(Observation { address, engine })
 }
 

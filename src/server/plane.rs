@@ -1,6 +1,5 @@
 //! A listener with a thread and a runtime of its own, so that it answers whatever the data plane is doing.
 
-use std::future::Future;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -21,14 +20,13 @@ const LIMITS: ConnectionLimits = ConnectionLimits {
     write_timeout: Duration::from_secs(10),
 };
 
-/// Serves `router` on a new thread until the phase is [`Phase::Stopped`], `chores` beside it. Returns the bound address
-/// once connections are accepted by the kernel.
+/// Serves `router` on a new thread until the phase is [`Phase::Stopped`]. Returns the bound address once connections are accepted
+/// by the kernel.
 pub(super) fn spawn(
     plane: &'static str,
     address: SocketAddr,
     router: Router,
     mut phase: watch::Receiver<Phase>,
-    chores: impl Future<Output = ()> + Send + 'static,
 ) -> Result<SocketAddr, ServerError> {
     let listener = std::net::TcpListener::bind(address)
         .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
@@ -45,10 +43,8 @@ pub(super) fn spawn(
             // Never told to drain: when the process has stopped, the runtime goes and the connections with it.
             let (_drain, draining) = watch::channel(false);
             connections.accept(listener, Wire::Http, Service::routed(router), &LIMITS, draining);
-            tokio::select! {
-                () = chores => {}
-                _ = phase.wait_for(|phase| *phase == Phase::Stopped) => {}
-            }
+            // An error is the end of who tells the phases.
+            let _ = phase.wait_for(|phase| *phase == Phase::Stopped).await;
         });
     };
     std::thread::Builder::new().name(plane.into()).spawn(run).map_err(ServerError::Start)?;

@@ -181,9 +181,8 @@ fn load(address: SocketAddr, round: usize) {
     thread::scope(|scope| (0..CLIENTS).for_each(|i| drop(scope.spawn(move || client(i)))));
 }
 
-/// The short form of an hour: what leaks, leaks per request. Histograms keep their samples until the next upkeep, which
-/// a timer of the server starts, so memory rises for some seconds and then stays: wanted is a stretch of rounds in which
-/// it rises by less than 16 bytes a request. A leak of 64 bytes, or of the smallest allocation there is (32 with the
+/// The short form of an hour: what leaks, leaks per request. Memory rises while pools and caches fill and then stays:
+/// wanted is a stretch of rounds in which it rises by less than 16 bytes a request. A leak of 64 bytes, or of the smallest allocation there is (32 with the
 /// allocator's own), would rise by more in every stretch.
 #[test]
 fn memory_stays_flat_under_load_that_nobody_scrapes() {

@@ -1,10 +1,10 @@
 //! Outputs that score classes: how often each was predicted, and how surely.
 
 use super::elements::{Visit, visit};
-use super::histogram::Histogram;
 use super::judge::{Judgement, Sureness, judge};
 use super::sample::Sample;
 use super::{Look, MAX_CLASSES, Tally};
+use crate::monitor::histogram::Histogram;
 use crate::monitor::names::{CONFIDENCE_BUCKETS, ENTROPY_BUCKETS, MAX_CLASS_SERIES};
 use crate::tensor::{OutputKind, Tensor};
 

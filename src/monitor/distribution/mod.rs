@@ -2,8 +2,7 @@
 //! they have replied; a scrape reads them.
 //!
 //! An output's kind decides what is kept of it: `classes` (by way of `judge`, what one row says), `labels` or `values`.
-//! `elements` reads the numbers of a buffer, `sample` picks those of a large output that are looked at, `histogram`
-//! counts and sums.
+//! `elements` reads the numbers of a buffer, `sample` picks those of a large output that are looked at.
 //!
 //! Every number is converted to f64 straight from the buffer's bytes, wherever they lie, so a fold allocates nothing
 //! and alignment does not matter. Memory and series are bounded by constants; work per fold by
@@ -14,7 +13,6 @@
 
 mod classes;
 mod elements;
-mod histogram;
 mod judge;
 mod labels;
 mod sample;
@@ -23,12 +21,12 @@ mod values;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::histogram::Histogram;
 use super::lock;
 use super::names::OTHER;
 use crate::error::quoted;
 use crate::tensor::{DataType, OutputKind, Tensor};
 use classes::Classes;
-pub(super) use histogram::Histogram;
 use labels::{Label, Labels};
 use values::Values;
 

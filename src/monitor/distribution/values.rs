@@ -1,9 +1,9 @@
 //! Outputs that are numbers of their own meaning: a histogram, and the sums that give exact mean and variance.
 
 use super::elements::{Visit, visit};
-use super::histogram::{Histogram, Sum};
 use super::sample::Sample;
 use super::{Look, Tally};
+use crate::monitor::histogram::{Histogram, Sum};
 use crate::monitor::names::VALUE_BUCKETS;
 use crate::tensor::Tensor;
 

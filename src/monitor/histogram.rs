@@ -29,6 +29,23 @@ impl Histogram {
         self.sum.value()
     }
 
+    pub(super) fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// Of the same bounds.
+    pub(super) fn merge(&mut self, other: &Histogram) {
+        self.counts.iter_mut().zip(&other.counts).for_each(|(mine, theirs)| *mine += theirs);
+        self.sum.merge(other.sum);
+    }
+
+    /// [`merge`](Self::merge)s another, which is empty then.
+    pub(super) fn take(&mut self, other: &mut Histogram) {
+        self.merge(other);
+        other.counts.fill(0);
+        other.sum = Sum::default();
+    }
+
     pub fn is_empty(&self) -> bool {
         self.counts.iter().all(|count| *count == 0)
     }
@@ -47,6 +64,11 @@ impl Sum {
         self.compensation +=
             if self.sum.abs() >= term.abs() { (self.sum - next) + term } else { (term - next) + self.sum };
         self.sum = next;
+    }
+
+    pub(super) fn merge(&mut self, other: Sum) {
+        self.add(other.sum);
+        self.compensation += other.compensation;
     }
 
     pub(super) fn value(self) -> f64 {
