@@ -9,8 +9,7 @@
 //! statistics that protocols tell) lives in its [`VersionMonitor`] and vanishes with it. What requests tell is counted by
 //! thread (`shares`) and put together when it is read. Memory stays flat without scrapes.
 //!
-//! Threads: everything may be called from anywhere. Recording takes no lock but those of an output's distribution, which is
-//! held for a few additions, and of a thread's own share of what is told of a version.
+//! Threads: everything may be called from anywhere. Recording takes no lock but those of a thread's own shares.
 
 mod distribution;
 pub mod events;

@@ -42,6 +42,15 @@ impl Classes {
         self.truncated |= classes > MAX_CLASS_SERIES;
     }
 
+    pub(super) fn merge(&mut self, other: &Classes) {
+        self.rows.resize(self.rows.len().max(other.rows.len()), 0);
+        self.rows.iter_mut().zip(&other.rows).for_each(|(mine, theirs)| *mine += theirs);
+        self.other += other.other;
+        self.truncated |= other.truncated;
+        self.confidence.merge(&other.confidence);
+        self.entropy.merge(&other.entropy);
+    }
+
     fn add(&mut self, judgement: Judgement) {
         if let Some(class) = judgement.class {
             *self.rows.get_mut(class).unwrap_or(&mut self.other) += 1;

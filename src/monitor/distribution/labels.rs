@@ -1,8 +1,11 @@
 //! Outputs that are class ids or class names: how often each was given.
 
+use std::sync::{Arc, Mutex};
+
 use super::elements::{Visit, chunks, visit};
 use super::sample::Sample;
 use super::{Look, Tally};
+use crate::monitor::lock;
 use crate::monitor::names::MAX_CLASS_SERIES;
 use crate::tensor::{DataType, Tensor};
 
@@ -11,7 +14,9 @@ const MAX_LABEL_BYTES: usize = 256;
 
 #[derive(Clone, Default)]
 pub(super) struct Labels {
-    /// In the order of appearance; at most [`MAX_CLASS_SERIES`].
+    /// The first that any thread saw, in the order of appearance; at most [`MAX_CLASS_SERIES`].
+    known: Arc<Mutex<Vec<Label>>>,
+    /// Of the first of those.
     pub(super) rows: Vec<(Label, u64)>,
     pub(super) other: u64,
 }
@@ -67,13 +72,39 @@ impl Labels {
     }
 
     fn add_if(&mut self, is: impl Fn(&Label) -> bool, label: impl FnOnce() -> Label) {
-        if let Some((_, rows)) = self.rows.iter_mut().find(|(known, _)| is(known)) {
-            *rows += 1;
-        } else if self.rows.len() < MAX_CLASS_SERIES {
-            self.rows.push((label(), 1));
-        } else {
-            self.other += 1;
+        match self.find(0, &is).or_else(|| self.learn(is, label)) {
+            Some(position) => self.rows[position].1 += 1,
+            None => self.other += 1,
         }
+    }
+
+    fn find(&self, from: usize, is: impl Fn(&Label) -> bool) -> Option<usize> {
+        self.rows[from..].iter().position(|(known, _)| is(known)).map(|position| from + position)
+    }
+
+    /// Where a label that is new to this thread is from now on. `None`: it is not among the first.
+    fn learn(&mut self, is: impl Fn(&Label) -> bool, label: impl FnOnce() -> Label) -> Option<usize> {
+        let had = self.rows.len();
+        if had == MAX_CLASS_SERIES {
+            return None;
+        }
+        let known = Arc::clone(&self.known);
+        let mut known = lock(&known);
+        self.rows.extend(known[had..].iter().map(|label| (label.clone(), 0)));
+        self.find(had, is).or_else(|| {
+            (known.len() < MAX_CLASS_SERIES).then(|| {
+                known.push(label());
+                self.rows.push((known[known.len() - 1].clone(), 0));
+                self.rows.len() - 1
+            })
+        })
+    }
+
+    pub(super) fn merge(&mut self, other: &Labels) {
+        let more = other.rows.get(self.rows.len()..).unwrap_or_default();
+        self.rows.extend(more.iter().map(|(label, _)| (label.clone(), 0)));
+        self.rows.iter_mut().zip(&other.rows).for_each(|((_, mine), (_, theirs))| *mine += theirs);
+        self.other += other.other;
     }
 }
 

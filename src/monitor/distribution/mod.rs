@@ -9,7 +9,8 @@
 //! [`MAX_FOLDED_ELEMENTS`] and by the time of the run. What runs once per element is `#[inline]`: calls from file to file would take half as long
 //! as the fold itself.
 //!
-//! Threads: any worker of the version may fold; each output has its own lock, held for the fold of that output.
+//! Threads: any thread may fold; it holds the lock of its own share of the output's counts, which are put together when
+//! they are read.
 
 mod classes;
 mod elements;
@@ -18,12 +19,12 @@ mod labels;
 mod sample;
 mod values;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::histogram::Histogram;
-use super::lock;
 use super::names::OTHER;
+use super::shares::Shares;
 use crate::error::quoted;
 use crate::tensor::{DataType, OutputKind, Tensor};
 use classes::Classes;
@@ -45,7 +46,9 @@ pub(super) const MAX_CLASSES: usize = 262_144;
 pub(super) struct OutputMonitor {
     pub(super) name: Arc<str>,
     labels: Option<Arc<[String]>>,
-    state: Mutex<Distribution>,
+    shares: Shares<Distribution>,
+    /// What a share begins with.
+    empty: Distribution,
 }
 
 impl OutputMonitor {
@@ -58,20 +61,26 @@ impl OutputMonitor {
             OutputKind::Labels => Body::Labels(Labels::default()),
             OutputKind::Values => Body::Values(Values::default()),
         };
-        let state = Distribution { turn: 0, tally: Tally::default(), body };
-        OutputMonitor { name, labels, state: Mutex::new(state) }
+        let empty = Distribution { turn: 0, tally: Tally::default(), body };
+        OutputMonitor { name, labels, shares: Shares::default(), empty }
     }
 
     /// Adds one batch's output, which a run of that time gave. Returns how many rows were counted as `other`.
     pub(super) fn fold(&self, tensor: &Tensor, run: Duration) -> u64 {
-        let mut state = lock(&self.state);
-        let before = state.body.others();
-        state.fold(tensor, most(run));
-        state.body.others() - before
+        self.shares.count(
+            || self.empty.clone(),
+            |mine| {
+                let before = mine.body.others();
+                mine.fold(tensor, most(run));
+                mine.body.others() - before
+            },
+        )
     }
 
     pub(super) fn snapshot(&self) -> Distribution {
-        lock(&self.state).clone()
+        let mut all = self.empty.clone();
+        self.shares.for_each(|share| all.merge(share));
+        all
     }
 
     /// Rows by class, as label values: distinct, `other` last where the bound was reached.
@@ -118,7 +127,7 @@ impl OutputMonitor {
     }
 }
 
-/// Everything seen of one output so far.
+/// What was seen of one output so far, by one thread or by all.
 #[derive(Clone)]
 pub(super) struct Distribution {
     /// Folds so far: where the next sample of a large output begins.
@@ -177,6 +186,18 @@ impl Distribution {
         if let Body::Classes(classes) = &self.body { Some(classes) } else { None }
     }
 
+    /// What another thread saw of the same output.
+    fn merge(&mut self, other: &Distribution) {
+        self.tally.merge(other.tally);
+        match (&mut self.body, &other.body) {
+            (Body::Classes(mine), Body::Classes(theirs)) => mine.merge(theirs),
+            (Body::Labels(mine), Body::Labels(theirs)) => mine.merge(theirs),
+            (Body::Values(mine), Body::Values(theirs)) => mine.merge(theirs),
+            // No output is of two kinds.
+            _ => {}
+        }
+    }
+
     fn fold(&mut self, tensor: &Tensor, most: usize) {
         let Distribution { turn, tally, body } = self;
         let look = Look { most, turn: *turn };
@@ -205,6 +226,13 @@ impl Tally {
     fn add_looked_at(&mut self, seen: usize, total: usize) {
         self.elements += seen as u64;
         self.sampled_out += (total - seen) as u64;
+    }
+
+    fn merge(&mut self, other: Tally) {
+        self.elements += other.elements;
+        self.nan += other.nan;
+        self.infinite += other.infinite;
+        self.sampled_out += other.sampled_out;
     }
 
     /// A number that is not finite, or too large to be of use.
@@ -278,6 +306,72 @@ mod tests {
             below = bound;
         }
         counts
+    }
+
+    fn fold_in_threads(output: &OutputMonitor, tensors: &[Tensor]) {
+        std::thread::scope(|scope| {
+            for tensor in tensors {
+                scope.spawn(|| output.fold(tensor, AGES));
+            }
+        });
+    }
+
+    #[test]
+    fn whichever_threads_fold_the_same_is_told() {
+        let (nan, inf) = (f32::NAN, f32::INFINITY);
+        let rows = [[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.25, nan, 0.5], [inf, 0.5, 0.25]];
+        let tensors: Vec<Tensor> = (0..12).map(|i| tensor(&[1, 3], rows[i % rows.len()].to_vec())).collect();
+        for kind in OutputKind::ALL {
+            let (alone, one) = folded(kind, &tensors);
+            let output = output(kind);
+            fold_in_threads(&output, &tensors);
+            let all = output.snapshot();
+            assert_eq!(all.tally, one.tally, "{kind:?}");
+            let sorted = |mut counts: Vec<(String, u64)>| {
+                counts.sort();
+                counts
+            };
+            assert_eq!(sorted(output.class_counts(&all)), sorted(alone.class_counts(&one)), "{kind:?}");
+            for of in [Distribution::confidence, Distribution::entropy, Distribution::values] {
+                let counts = |d| of(d).map(|histogram| histogram.counts.clone());
+                assert_eq!(counts(&all), counts(&one), "{kind:?}");
+                assert!(of(&all).is_none_or(|histogram| close(histogram.sum(), of(&one).unwrap().sum())), "{kind:?}");
+            }
+            assert!(all.squares().is_none_or(|squares| close(squares, one.squares().unwrap())));
+        }
+    }
+
+    #[test]
+    fn the_labels_with_series_are_the_same_for_all_threads_and_no_count_goes_back() {
+        const LABELS: i64 = MAX_CLASS_SERIES as i64 + 10;
+        const THREADS: i64 = 12;
+        const TURNS: usize = 300;
+        let output = output(OutputKind::Labels);
+        std::thread::scope(|scope| {
+            for first in 0..THREADS {
+                let ids = tensor(&[LABELS as usize], (0..LABELS).map(|id| (id + 7 * first) % LABELS).collect());
+                scope.spawn({
+                    let output = &output;
+                    move || {
+                        for _ in 0..TURNS {
+                            output.fold(&ids, AGES);
+                        }
+                    }
+                });
+            }
+            let mut before: Vec<(String, u64)> = Vec::new();
+            for _ in 0..50 {
+                let now = output.class_counts(&output.snapshot());
+                for (class, rows) in &before {
+                    assert!(now.iter().any(|(name, count)| name == class && count >= rows), "{now:?} after {before:?}");
+                }
+                before = now;
+            }
+        });
+        let all = output.class_counts(&output.snapshot());
+        let each = THREADS as u64 * TURNS as u64;
+        assert!(all[..MAX_CLASS_SERIES].iter().all(|(_, rows)| *rows == each), "{all:?}");
+        assert_eq!(all[MAX_CLASS_SERIES..], [(OTHER.to_owned(), 10 * each)]);
     }
 
     pub(super) fn close(found: f64, expected: f64) -> bool {

@@ -59,6 +59,11 @@ impl Values {
     pub(super) fn fold(&mut self, tensor: &Tensor, look: Look, tally: &mut Tally) {
         visit(tensor, Fold { values: self, look, tally });
     }
+
+    pub(super) fn merge(&mut self, other: &Values) {
+        self.histogram.merge(&other.histogram);
+        self.squares.merge(other.squares);
+    }
 }
 
 struct Fold<'a> {
