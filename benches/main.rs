@@ -10,6 +10,7 @@ mod engine;
 mod gather;
 mod grpc;
 mod instructions;
+mod monitor;
 mod rest;
 
 fn main() -> std::process::ExitCode {
@@ -17,7 +18,7 @@ fn main() -> std::process::ExitCode {
     if let Some((instructions::NAME, more)) = arguments.split_first().map(|(first, more)| (first.as_str(), more)) {
         return instructions::main(more);
     }
-    for group in [gather::group, rest::group, grpc::group, batcher::group, engine::group] {
+    for group in [gather::group, rest::group, grpc::group, batcher::group, monitor::group, engine::group] {
         group();
     }
     criterion::Criterion::default().configure_from_args().final_summary();
