@@ -7,10 +7,9 @@ use http_body_util::BodyExt;
 use prost::Message;
 use tidegate::backend::Model;
 use tidegate::backend::fake::Fake;
-use tidegate::protocol::grpc;
 use tidegate::protocol::grpc::proto::model_infer_request::InferInputTensor;
 use tidegate::protocol::grpc::proto::{InferTensorContents, ModelInferRequest};
-use tower::ServiceExt;
+use tidegate::protocol::{Service, grpc};
 
 use crate::engine::{Served, WIDTH, serve};
 use crate::rest::numbers;
@@ -39,33 +38,33 @@ pub fn request(input: &str, rows: usize, raw: bool) -> Bytes {
     [&[0], &length[..], &message].concat().into()
 }
 
-pub async fn call(router: axum::Router, message: &Bytes) {
+pub async fn call(service: &Service, message: &Bytes) {
     let request = Request::post(PATH).version(Version::HTTP_2);
     let request = request.header("content-type", "application/grpc").header("te", "trailers");
-    let response = router.oneshot(request.body(Body::from(message.clone())).unwrap()).await.unwrap();
+    let response = service.call(request.body(Body::from(message.clone())).unwrap()).await;
     let body = response.into_body().collect().await.unwrap();
     assert_eq!(body.trailers().and_then(|trailers| trailers.get("grpc-status")).unwrap(), "0");
 }
 
-/// The input's name, a router, and what it needs to stay alive.
-pub fn router() -> (String, axum::Router, Served) {
+/// The input's name, the service, and what it needs to stay alive.
+pub fn service() -> (String, Service, Served) {
     let fake = Fake::echo(WIDTH);
     let input = fake.signature().inputs[0].name.to_string();
     let served = serve(fake);
-    (input, grpc::routes(served.engine.clone(), grpc::Config::default()), served)
+    (input, grpc::service(served.engine.clone(), grpc::Config::default()), served)
 }
 
 pub fn group() {
     let mut criterion = Criterion::default().configure_from_args();
     let mut group = criterion.benchmark_group("grpc");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let (input, router, _served) = router();
+    let (input, service, _served) = service();
     for rows in [1, 128, 16_384] {
         group.throughput(Throughput::Elements((rows * WIDTH) as u64));
         for (name, raw) in [("raw contents", true), ("typed contents", false)] {
             let message = request(&input, rows, raw);
             group.bench_function(BenchmarkId::new(name, format!("{rows}x{WIDTH}")), |b| {
-                b.iter(|| runtime.block_on(call(router.clone(), &message)));
+                b.iter(|| runtime.block_on(call(&service, &message)));
             });
         }
     }

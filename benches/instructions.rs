@@ -58,9 +58,9 @@ fn through_rest(runtime: &Runtime, rows: usize, asked: Form, answered: Form) {
 }
 
 fn through_grpc(runtime: &Runtime, rows: usize, raw: bool) {
-    let (input, router, _served) = grpc::router();
+    let (input, service, _served) = grpc::service();
     let message = grpc::request(&input, rows, raw);
-    repeat(|| runtime.block_on(grpc::call(router.clone(), &message)));
+    repeat(|| runtime.block_on(grpc::call(&service, &message)));
 }
 
 fn repeat(mut one: impl FnMut()) {

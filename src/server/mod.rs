@@ -29,7 +29,7 @@ use crate::engine::Engine;
 use crate::monitor::Monitor;
 use crate::monitor::events::{self, Remaining};
 use crate::pool::Pool;
-use crate::protocol::{Service, grpc, rest};
+use crate::protocol::{grpc, rest};
 use crate::registry::{self, Left, Registry, RegistryError};
 use crate::request::{BudgetConfig, Phase};
 use crate::scheduler::Gate;
@@ -271,7 +271,7 @@ impl Life {
         };
         let connections = accept::Connections::new();
         let http_service = rest::service(Arc::clone(engine), config.rest.clone());
-        let grpc_service = Service::routed(grpc::routes(Arc::clone(engine), config.grpc_messages.clone()));
+        let grpc_service = grpc::service(Arc::clone(engine), config.grpc_messages.clone());
         let (drain, draining) = watch::channel(false);
         connections.accept(http, Wire::Http, http_service, &config.connections, draining.clone());
         connections.accept(grpc, Wire::Grpc, grpc_service, &config.connections, draining);

@@ -62,10 +62,14 @@ impl<U: Wire> Decoder for CheckedDecoder<U> {
         if buffer.chunk().len() != buffer.remaining() {
             return Err(status_of(&Error::internal("a message's buffer is in pieces, expected one")));
         }
-        U::check(buffer.chunk()).map_err(|error| status_of(&error))?;
-        let message = U::decode(buffer).map_err(|error| status_of(&malformed(&error.to_string())))?;
-        Ok(Some(message))
+        decode(buffer).map(Some).map_err(|error| status_of(&error))
     }
+}
+
+/// From an encoded message in one piece.
+pub(super) fn decode<U: Wire>(encoded: impl Buf) -> Result<U> {
+    U::check(encoded.chunk())?;
+    U::decode(encoded).map_err(|error| malformed(&error.to_string()))
 }
 
 /// A message of the service, and what of its encoded form is refused before it is decoded.

@@ -52,10 +52,10 @@ pub(super) fn model(name: String, version: &str) -> Result<ModelRef> {
 /// The answer as a message, outputs always raw, and the place that the request held.
 pub(super) fn response(response: InferResponse) -> (ModelInferResponse, Permit) {
     let InferResponse { id, prediction, model, version, digest, outputs, permit, .. } = response;
-    let parameters = [("prediction_id", prediction.to_string()), ("model_digest", digest.to_string())];
+    let parameters = [("prediction_id", prediction.to_string()), ("model_digest", String::from(&*digest))];
     let (outputs, raw_output_contents) = outputs.into_iter().map(output).unzip();
     let message = ModelInferResponse {
-        model_name: model.to_string(),
+        model_name: String::from(&*model),
         model_version: version.to_string(),
         id,
         parameters: parameters.map(|(name, value)| (name.to_string(), string_parameter(value))).into(),
@@ -67,7 +67,7 @@ pub(super) fn response(response: InferResponse) -> (ModelInferResponse, Permit) 
 
 fn output(NamedTensor { name, tensor }: NamedTensor) -> (InferOutputTensor, Bytes) {
     let description = InferOutputTensor {
-        name: name.to_string(),
+        name: String::from(&*name),
         datatype: tensor.dtype().name().to_string(),
         shape: tensor.shape().to_wire(),
         ..InferOutputTensor::default()

@@ -1,10 +1,10 @@
-//! The way in and out: follows one message while tonic reads it, a unary call's whole body or one of a stream's, so that
+//! The way in and out: follows one message while it is read, a unary call's whole body or one of a stream's, so that
 //! limits, deadlines and the permit hold from the first byte; and holds a unary call's permit until the answer's last.
 //!
-//! tonic inflates, decodes and encodes wherever it is polled. The last bytes of a long message are therefore held back
-//! until [`Intake::follow`] polls the call where that may take its time: with the thread's other tasks handed over, and
-//! in one of a few places. Its first bytes are held back, too: tonic makes room for all that a prefix announces, and is
-//! shown it when half of that is here. [`Outward`] waits for such a place before it has a long answer encoded.
+//! A message is inflated, decoded and encoded wherever its call is polled. The last bytes of a long one are therefore
+//! held back until [`Intake::follow`] polls the call where that may take its time: with the thread's other tasks handed
+//! over, and in one of a few places. Its first bytes are held back, too: room is made for all that a prefix announces,
+//! and it is shown when half of that is here. [`Outward`] waits for such a place before it has a long answer encoded.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -21,7 +21,6 @@ use tokio::time::Sleep;
 use tonic::Status;
 
 use super::status_of;
-use crate::engine::Trace;
 use crate::error::{Error, Kind, Result};
 use crate::protocol::common;
 use crate::request::Permit;
@@ -91,20 +90,16 @@ pub(super) struct Intake(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
-    trace: Option<Arc<Trace>>,
     permit: Option<Permit>,
     refused: Option<Error>,
     reached: bool,
     timeout: Option<Duration>,
     /// A long message has arrived and its last bytes are held back.
     held_back: bool,
-    /// The answer is long.
-    long: bool,
 }
 
 /// An infer call whose message has been decoded.
 pub(super) struct Admitted {
-    pub trace: Arc<Trace>,
     pub permit: Permit,
     /// How long the caller waits.
     pub timeout: Option<Duration>,
@@ -112,19 +107,16 @@ pub(super) struct Admitted {
 
 /// How a call ended, as far as tonic's answer does not say it.
 pub(super) struct Ending {
-    pub permit: Option<Permit>,
     /// Why the body or the request in it was refused.
     pub refused: Option<Error>,
     /// The request was decoded and its method called.
     pub reached: bool,
-    /// The answer takes long to encode.
-    pub long: bool,
 }
 
 impl Intake {
-    /// Infer calls have a trace and a permit.
-    pub(super) fn new(trace: Option<Arc<Trace>>, permit: Option<Permit>, timeout: Option<Duration>) -> Intake {
-        Intake(Arc::new(Mutex::new(State { trace, permit, timeout, ..State::default() })))
+    /// Infer requests have a permit.
+    pub(super) fn new(permit: Option<Permit>, timeout: Option<Duration>) -> Intake {
+        Intake(Arc::new(Mutex::new(State { permit, timeout, ..State::default() })))
     }
 
     /// Marks the method as called.
@@ -138,17 +130,8 @@ impl Intake {
     /// What admitted the call.
     pub(super) fn take(&self) -> Result<Admitted> {
         let mut state = self.state();
-        let (Some(trace), Some(permit)) = (state.trace.take(), state.permit.take()) else {
-            return Err(Error::internal("a call came in without a permit"));
-        };
-        Ok(Admitted { trace, permit, timeout: state.timeout })
-    }
-
-    /// Gives the permit back, to be held until the answer, with so many bytes of tensors, is written.
-    pub(super) fn hold(&self, permit: Permit, bytes: usize) {
-        let mut state = self.state();
-        state.permit = Some(permit);
-        state.long = bytes > LONG;
+        let permit = state.permit.take().ok_or_else(|| Error::internal("a call came in without a permit"))?;
+        Ok(Admitted { permit, timeout: state.timeout })
     }
 
     /// Polls the call, for as long as the caller waits.
@@ -187,8 +170,7 @@ impl Intake {
 
     pub(super) fn end(&self) -> Ending {
         let mut state = self.state();
-        let (permit, refused) = (state.permit.take(), state.refused.take());
-        Ending { permit, refused, reached: state.reached, long: state.long }
+        Ending { refused: state.refused.take(), reached: state.reached }
     }
 
     fn received(&self, bytes: usize) -> Result<()> {
@@ -224,23 +206,28 @@ pub(super) fn grow_to(permit: &mut Permit, bytes: usize) -> Result<()> {
     permit.grow(bytes.saturating_sub(permit.bytes()))
 }
 
-/// A request's body on its way to tonic.
+/// A request's body on its way to what decodes it.
 pub(super) struct Inward<B> {
-    inner: Pin<Box<B>>,
+    inner: B,
     framing: Framing,
     received: usize,
     /// Arrived, not yet given on: less than half of a message, or the last of a long one.
     held: VecDeque<Frame<Bytes>>,
     /// How long the client may take to send its message.
     limit: Duration,
-    expiry: Pin<Box<Sleep>>,
+    /// Runs from when the body is first waited for.
+    expiry: Option<Pin<Box<Sleep>>>,
     intake: Intake,
 }
 
 impl<B> Inward<B> {
     pub(super) fn new(inner: B, framing: Framing, limit: Duration, intake: Intake) -> Self {
-        let expiry = Box::pin(tokio::time::sleep(limit));
-        Inward { inner: Box::pin(inner), framing, received: 0, held: VecDeque::new(), limit, expiry, intake }
+        Inward { inner, framing, received: 0, held: VecDeque::new(), limit, expiry: None, intake }
+    }
+
+    /// Bytes of the message, prefix included, as far as is known.
+    pub(super) fn expected(&self) -> usize {
+        self.received.saturating_add(self.framing.left)
     }
 
     fn follow(&mut self, data: &[u8]) -> Result<()> {
@@ -249,22 +236,41 @@ impl<B> Inward<B> {
         self.intake.received(self.received)
     }
 
-    fn hold(&mut self, frame: Frame<Bytes>) {
-        if self.framing.is_whole() && (self.received > LONG || self.framing.is_compressed()) {
+    /// A frame that just arrived, where it may go at once.
+    fn pass(&mut self, frame: Frame<Bytes>) -> Option<Frame<Bytes>> {
+        let is_last_of_long = self.framing.is_whole() && (self.received > LONG || self.framing.is_compressed());
+        if is_last_of_long {
             self.intake.state().held_back = true;
         }
+        if self.held.is_empty() && !is_last_of_long && self.may_go() {
+            return Some(frame);
+        }
         self.held.push_back(frame);
+        None
     }
 
     /// The next of what is held, where it may go.
     fn release(&mut self) -> Option<Frame<Bytes>> {
-        let goes = if self.framing.is_whole() { !self.holds_back() } else { self.received > self.framing.left };
-        if goes { self.held.pop_front() } else { None }
+        if self.held.is_empty() || self.holds_back() || !self.may_go() {
+            return None;
+        }
+        self.held.pop_front()
+    }
+
+    /// Whether enough of the message is here to make room for all of it.
+    fn may_go(&self) -> bool {
+        self.framing.is_whole() || self.received > self.framing.left
     }
 
     /// Whether what is left is the end of a long message, which waits for a place.
     fn holds_back(&self) -> bool {
         self.held.len() == 1 && self.intake.state().held_back
+    }
+
+    fn poll_expired(&mut self, cx: &mut Context<'_>) -> bool {
+        let limit = self.limit;
+        let expiry = self.expiry.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        expiry.as_mut().poll(cx).is_ready()
     }
 
     fn late(&self) -> Error {
@@ -276,7 +282,7 @@ impl<B> Inward<B> {
     }
 }
 
-impl<B: Body<Data = Bytes>> Body for Inward<B> {
+impl<B: Body<Data = Bytes> + Unpin> Body for Inward<B> {
     type Data = Bytes;
     type Error = Status;
 
@@ -290,12 +296,16 @@ impl<B: Body<Data = Bytes>> Body for Inward<B> {
             if this.holds_back() {
                 return Poll::Pending;
             }
-            match this.inner.as_mut().poll_frame(cx) {
-                Poll::Pending if this.expiry.as_mut().poll(cx).is_ready() => return this.fail(this.late()),
+            match Pin::new(&mut this.inner).poll_frame(cx) {
+                Poll::Pending if this.poll_expired(cx) => return this.fail(this.late()),
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Some(Ok(frame))) => match frame.data_ref().map(|data| this.follow(data)) {
                     Some(Err(error)) => return this.fail(error),
-                    Some(Ok(())) => this.hold(frame),
+                    Some(Ok(())) => {
+                        if let Some(frame) = this.pass(frame) {
+                            return Poll::Ready(Some(Ok(frame)));
+                        }
+                    }
                     None => return Poll::Ready(Some(Ok(frame))),
                 },
                 Poll::Ready(Some(Err(_))) => {
@@ -400,8 +410,8 @@ fn too_long(found: usize, limit: usize) -> Error {
 pub(super) type Waiting = Pin<Box<dyn Future<Output = Place> + Send>>;
 
 /// An answer's body. It and its pieces hold the request's place until the last byte is written.
-pub(super) struct Outward {
-    inner: tonic::body::Body,
+pub(super) struct Outward<B> {
+    inner: B,
     /// Of the last frame: handed over piece by piece, as HTTP/2 asks for the next one before it has sent the last.
     rest: Bytes,
     /// Where the first frame takes long: for a place to encode it in.
@@ -409,19 +419,19 @@ pub(super) struct Outward {
     permit: Arc<Permit>,
 }
 
-impl Outward {
+impl<B> Outward<B> {
     /// A long answer is encoded in one of the `places`.
-    pub(super) fn new(inner: tonic::body::Body, permit: Permit, places: Option<Arc<Places>>) -> Outward {
+    pub(super) fn new(inner: B, permit: Permit, places: Option<Arc<Places>>) -> Outward<B> {
         let waiting = places.map(Places::wait);
         Outward { inner, rest: Bytes::new(), waiting, permit: Arc::new(permit) }
     }
 }
 
-impl Body for Outward {
+impl<B: Body<Data = Bytes> + Unpin> Body for Outward<B> {
     type Data = Bytes;
-    type Error = Status;
+    type Error = B::Error;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let this = self.get_mut();
         if this.rest.is_empty() {
             // Free again once the frame is encoded.
@@ -530,14 +540,14 @@ mod tests {
     async fn the_permit_grows_with_the_body_and_bounds_it() {
         for (max_bytes, refused) in [(15, None), (14, Some(Kind::Overloaded))] {
             let (budget, permit) = permit(max_bytes);
-            let intake = Intake::new(None, Some(permit), None);
+            let intake = Intake::new(Some(permit), None);
             let body = Full::new(Bytes::from(message(10)));
             let body = Inward::new(body, Framing::new(10, false), Duration::MAX, intake.clone());
             assert_eq!(body.collect().await.is_err(), refused.is_some());
             let ending = intake.end();
             assert_eq!(ending.refused.map(|error| error.kind()), refused);
             assert_eq!(budget.bytes(), if refused.is_some() { 0 } else { 15 });
-            drop(ending.permit);
+            drop(intake.take().unwrap());
             assert_eq!((budget.requests(), budget.bytes()), (0, 0));
         }
     }
@@ -596,7 +606,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn nobody_waits_for_a_place_past_the_callers_deadline() {
         const TIMEOUT: Duration = Duration::from_secs(3600);
-        let intake = Intake::new(None, None, Some(TIMEOUT));
+        let intake = Intake::new(None, Some(TIMEOUT));
         let body = Full::new(Bytes::from(message(LONG)));
         let body = Inward::new(body, Framing::new(LONG, false), Duration::MAX, intake.clone());
         let (places, began) = (Places::new(0), tokio::time::Instant::now());
@@ -635,7 +645,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn tonic_sees_how_long_a_message_is_when_half_of_it_is_here() {
+    async fn how_long_a_message_is_shows_when_half_of_it_is_here() {
         let (first, rest) = (Bytes::from(message(1000)).slice(..PREFIX), Bytes::from(message(1000)).slice(PREFIX..));
         for (more, given) in [(0, 0), (497, 0), (498, 2), (999, 2)] {
             let parts = Parts([first.clone(), rest.slice(..more)].into());

@@ -10,8 +10,8 @@ use crate::error::{Error, Kind, Result, quoted};
 use crate::protocol::common::expired;
 use crate::request::MAX_TIMEOUT;
 
-const TIMEOUT: &str = "grpc-timeout";
-const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
+const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+pub(super) const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 const ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
 
 /// Most digits that the gRPC specification allows in `grpc-timeout`.
@@ -21,8 +21,14 @@ const TIMEOUT_DIGITS: usize = 8;
 const ENCODINGS: [(&str, CompressionEncoding); 2] =
     [("gzip", CompressionEncoding::Gzip), ("deflate", CompressionEncoding::Deflate)];
 
+/// An encoding's name.
+pub(super) fn name(encoding: CompressionEncoding) -> HeaderValue {
+    let known = ENCODINGS.iter().find(|(_, known)| *known == encoding);
+    HeaderValue::from_static(known.map_or("identity", |(name, _)| name))
+}
+
 /// Of a stream: `true` asks for the first error as the call's status.
-const ERRORS_END_STREAM: &str = "triton_grpc_error";
+const ERRORS_END_STREAM: HeaderName = HeaderName::from_static("triton_grpc_error");
 
 /// Whether the body is gRPC with protobuf messages, as `application/grpc` alone means too.
 pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
@@ -46,6 +52,8 @@ pub(super) fn check_trailers(headers: &HeaderMap) -> Result<()> {
 pub(super) struct Terms {
     /// How its messages may be compressed.
     pub encoding: Option<CompressionEncoding>,
+    /// How its answers are to be compressed.
+    pub answers: Option<CompressionEncoding>,
     /// How long the caller waits, not zero.
     pub timeout: Option<Duration>,
     /// Whether the first error on a stream is to be the call's status, and its end.
@@ -55,13 +63,14 @@ pub(super) struct Terms {
 impl Terms {
     pub(super) fn read(headers: &mut HeaderMap) -> Result<Terms> {
         let encoding = negotiate(headers)?;
+        let answers = encoding.filter(|_| headers.contains_key(ACCEPT_ENCODING));
         let timeout = timeout(headers)?;
         if timeout.is_some_and(|timeout| timeout.is_zero()) {
             return Err(expired());
         }
         let asked = headers.get(ERRORS_END_STREAM);
         let errors_end_stream = asked.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"));
-        Ok(Terms { encoding, timeout, errors_end_stream })
+        Ok(Terms { encoding, answers, timeout, errors_end_stream })
     }
 }
 
@@ -138,7 +147,7 @@ mod tests {
 
     #[test]
     fn timeouts_are_read_strictly() {
-        let read = |text: &'static str| timeout(&headers(&[(TIMEOUT, text)]));
+        let read = |text: &'static str| timeout(&headers(&[("grpc-timeout", text)]));
         assert_eq!(timeout(&HeaderMap::new()), Ok(None));
         for (text, expected) in [
             ("0n", Duration::ZERO),
@@ -179,7 +188,7 @@ mod tests {
             let terms = Terms::read(&mut headers(&[("triton_grpc_error", value)])).unwrap();
             assert_eq!(terms.errors_end_stream, expected, "{value}");
         }
-        let none = Terms { encoding: None, timeout: None, errors_end_stream: false };
+        let none = Terms { encoding: None, answers: None, timeout: None, errors_end_stream: false };
         assert_eq!(Terms::read(&mut HeaderMap::new()), Ok(none));
     }
 

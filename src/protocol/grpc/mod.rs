@@ -1,9 +1,10 @@
 //! The Open Inference Protocol over gRPC, `grpc.health.v1` and reflection.
 //!
-//! [`Grpc`] is the whole port: it takes every call, admits it, watches its body, hands it to tonic, and gives tonic's
-//! own refusals the status of our table. `intake` follows one message, a unary call's or one of a stream's; `stream` is
-//! about streams alone. Owns the wire only: what a call means is the engine's business. Runs on the
-//! I/O runtime; where a long message is decoded or encoded, its thread's other tasks are handed over.
+//! [`Grpc`] is the whole port: it takes every call and watches its body. `infer` answers the one that nearly all calls
+//! are; the others are handed to tonic, whose own refusals are given the status of our table. `intake` follows one
+//! message, a unary call's or one of a stream's; `stream` is about streams alone. Owns the wire only: what a call means
+//! is the engine's business. Runs on the I/O runtime; where a long message is decoded or encoded, its thread's other
+//! tasks are handed over.
 //!
 //! Invariants: a permit is taken before an infer request's body is read and held until its answer is written; no
 //! message over the one limit is buffered, compressed or not; a request that cannot be decoded is the client's fault.
@@ -11,6 +12,7 @@
 pub(crate) mod codec;
 mod convert;
 mod health;
+mod infer;
 mod inputs;
 mod intake;
 mod metadata;
@@ -18,29 +20,27 @@ mod reflection;
 mod service;
 mod stream;
 
-use std::convert::Infallible;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::Response;
 use http::StatusCode;
 use tokio::sync::Semaphore;
-use tonic::body::Body;
 use tonic::codec::CompressionEncoding::{Deflate, Gzip};
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 use tonic_health::pb::health_server::{HealthServer, SERVICE_NAME as HEALTH_SERVICE};
-use tower::Service;
+use tower::Service as _;
 
-use crate::engine::{Engine, Trace};
+use crate::engine::Engine;
 use crate::error::{Error, Kind, Result, quoted};
-use crate::protocol::common;
 use crate::protocol::status;
+use crate::protocol::{Service, common};
 use crate::request::{Origin, Protocol};
 use health::HealthService;
-use intake::{Framing, Intake, Inward, MAX_PLACES, Outward, Places, check_announced};
+use intake::{Framing, Intake, Inward, MAX_PLACES, Places, check_announced};
 use metadata::Terms;
 use proto::grpc_inference_service_server::{GrpcInferenceServiceServer, SERVICE_NAME as SERVICE};
 use reflection::Reflection;
@@ -81,14 +81,13 @@ impl Default for Config {
     }
 }
 
-/// The gRPC port's service, one clone per call.
-#[derive(Clone)]
+/// The gRPC port's service.
 struct Grpc {
     engine: Arc<Engine>,
     config: Config,
     inference: Arc<InferenceService>,
     health: Arc<HealthService>,
-    reflection: Result<Arc<Reflection>>,
+    reflection: Result<Reflection>,
     /// For decoding and encoding long messages.
     places: Arc<Places>,
     /// For open streams.
@@ -96,54 +95,27 @@ struct Grpc {
 }
 
 /// All that is served on the gRPC port, for a listener that speaks HTTP/2.
-pub fn routes(engine: Arc<Engine>, config: Config) -> axum::Router {
-    // One service: which call a path names decides what is read of it before tonic sees it.
-    axum::Router::new().fallback_service(service(engine, config))
-}
-
-fn service(engine: Arc<Engine>, config: Config) -> Grpc {
-    let places = Places::new(MAX_PLACES);
-    Grpc {
-        inference: Arc::new(InferenceService::new(Arc::clone(&engine), Arc::clone(&places), config.repository_api)),
-        health: Arc::new(HealthService::new(Arc::clone(&engine))),
-        reflection: Reflection::new(Arc::clone(&engine), config.body_timeout).map(Arc::new),
-        places,
-        streams: Arc::new(Semaphore::new(MAX_STREAMS)),
-        engine,
-        config,
-    }
-}
-
-impl<B> Service<http::Request<B>> for Grpc
-where
-    B: http_body::Body<Data = Bytes> + Send + 'static,
-{
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<http::Response<Body>, Infallible>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        let grpc = self.clone();
-        Box::pin(async move { Ok(grpc.answer(request).await) })
-    }
+pub fn service(engine: Arc<Engine>, config: Config) -> Service {
+    let grpc = Arc::new(Grpc::new(engine, config));
+    Service::new(move |request| {
+        let grpc = Arc::clone(&grpc);
+        Box::pin(async move { grpc.answer(request).await })
+    })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Call {
+    /// One infer request.
+    Infer,
     Unary(Unary),
     /// Many infer requests.
     Stream,
     Reflection,
 }
 
-/// Calls of one message; a health watch's answers are many.
+/// Calls of one message that are not inferences; a health watch's answers are many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unary {
-    Infer,
     /// About the server or a model; also methods that the service does not have.
     Query,
     /// To load or unload a model.
@@ -154,7 +126,7 @@ enum Unary {
 impl Call {
     fn of(path: &str) -> Option<Call> {
         match path.strip_prefix('/')?.split_once('/')? {
-            (SERVICE, "ModelInfer") => Some(Call::Unary(Unary::Infer)),
+            (SERVICE, "ModelInfer") => Some(Call::Infer),
             (SERVICE, "ModelStreamInfer") => Some(Call::Stream),
             (SERVICE, "RepositoryModelLoad" | "RepositoryModelUnload") => Some(Call::Unary(Unary::Change)),
             (SERVICE, _) => Some(Call::Unary(Unary::Query)),
@@ -166,10 +138,19 @@ impl Call {
 }
 
 impl Grpc {
-    async fn answer<B>(self, request: http::Request<B>) -> http::Response<Body>
-    where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-    {
+    fn new(engine: Arc<Engine>, config: Config) -> Grpc {
+        Grpc {
+            inference: Arc::new(InferenceService::new(Arc::clone(&engine), config.repository_api)),
+            health: Arc::new(HealthService::new(Arc::clone(&engine))),
+            reflection: Reflection::new(Arc::clone(&engine), config.body_timeout),
+            places: Places::new(MAX_PLACES),
+            streams: Arc::new(Semaphore::new(MAX_STREAMS)),
+            engine,
+            config,
+        }
+    }
+
+    async fn answer(&self, request: Request) -> Response {
         if !metadata::is_grpc(request.headers()) {
             return bare(StatusCode::UNSUPPORTED_MEDIA_TYPE);
         }
@@ -177,42 +158,34 @@ impl Grpc {
             return bare(StatusCode::METHOD_NOT_ALLOWED);
         }
         if let Err(error) = metadata::check_trailers(request.headers()) {
-            return status_of(&error).into_http();
+            return refused(&error);
         }
         let Some(call) = Call::of(request.uri().path()) else {
             let path = quoted(request.uri().path());
-            return status_of(&Error::new(Kind::Unsupported, format!("unknown service in '{path}'"))).into_http();
+            return refused(&Error::new(Kind::Unsupported, format!("unknown service in '{path}'")));
         };
+        // What is rare has a future of its own: each is large beside an inference's.
         let outcome = match call {
-            Call::Unary(call) => return self.unary(call, request).await,
-            Call::Stream => self.stream(request).await,
-            Call::Reflection => self.reflect(request).await,
+            Call::Infer => return self.infer(request).await,
+            Call::Unary(call) => Box::pin(self.unary(call, request)).await,
+            Call::Stream => Box::pin(self.stream(request)).await,
+            Call::Reflection => Box::pin(self.reflect(request)).await,
         };
-        outcome.unwrap_or_else(|error| status_of(&error).into_http())
+        outcome.map_or_else(|error| refused(&error), |response| response.map(Body::new))
     }
 
-    async fn unary<B>(&self, call: Unary, request: http::Request<B>) -> http::Response<Body>
-    where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-    {
-        // Only infer requests are counted: metadata and health are asked for all day long.
-        let trace = (call == Unary::Infer).then(|| Arc::new(self.engine.begin(ORIGIN)));
-        let outcome = self.serve(call, trace.clone(), request).await;
-        if let Some(trace) = &trace {
-            trace.finish(outcome.as_ref().err());
-        }
-        let mut response = outcome.unwrap_or_else(|error| status_of(&error).into_http());
-        if let Some(trace) = &trace {
-            common::provenance(trace, response.headers_mut());
-        }
+    /// Only infer requests are counted: metadata and health are asked for all day long.
+    async fn infer(&self, request: Request) -> Response {
+        let trace = self.engine.begin(ORIGIN);
+        let outcome = infer::answer(self, &trace, request).await;
+        trace.finish(outcome.as_ref().err());
+        let mut response = outcome.unwrap_or_else(|error| refused(&error));
+        common::provenance(&trace, response.headers_mut());
         response
     }
 
     /// Opens a stream; each of its messages is admitted, followed and recorded as a unary call's is.
-    async fn stream<B>(&self, request: http::Request<B>) -> Result<http::Response<Body>>
-    where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-    {
+    async fn stream(&self, request: Request) -> Result<http::Response<tonic::body::Body>> {
         let (mut parts, body) = request.into_parts();
         let terms = Terms::read(&mut parts.headers)?;
         let open = Arc::clone(&self.streams).try_acquire_owned().map_err(|_| {
@@ -222,75 +195,45 @@ impl Grpc {
         let (config, places) = (self.config.clone(), &self.places);
         Answers::new(&self.engine, Messages::new(body), terms, config, places, outlet.clone())
             .hand_over(&mut parts.extensions);
-        let call = self.inference(self.config.max_message_bytes).call(http::Request::from_parts(parts, Body::empty()));
-        let Ok(response) = call.await;
-        Ok(response.map(|inner| Body::new(stream::Outward::new(inner, outlet, Arc::clone(places), open))))
+        let request = http::Request::from_parts(parts, tonic::body::Body::empty());
+        let Ok(response) = self.inference(self.config.max_message_bytes).call(request).await;
+        Ok(response.map(|inner| tonic::body::Body::new(stream::Outward::new(inner, outlet, Arc::clone(places), open))))
     }
 
-    async fn reflect<B>(&self, mut request: http::Request<B>) -> Result<http::Response<Body>>
-    where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-    {
+    async fn reflect(&self, mut request: Request) -> Result<http::Response<tonic::body::Body>> {
         let reflection = self.reflection.as_ref().map_err(Error::clone)?;
         let terms = Terms::read(request.headers_mut())?;
         reflection.answer(terms, request).await
     }
 
-    async fn serve<B>(
-        &self,
-        call: Unary,
-        trace: Option<Arc<Trace>>,
-        mut request: http::Request<B>,
-    ) -> Result<http::Response<Body>>
-    where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-    {
-        let (intake, framing) = self.open(call, trace, &mut request)?;
-        let limit = self.config.body_timeout;
-        let request = request.map(|body| Inward::new(body, framing, limit, intake.clone()));
-        let response = self.hand_over(call, &intake, request).await?;
-        let ending = intake.end();
-        let own = Status::from_header_map(response.headers()).filter(|_| !ending.reached);
-        match (ending.refused.or_else(|| own.as_ref().and_then(refusal)), ending.permit) {
-            (Some(error), _) => Err(error),
-            (None, Some(permit)) => {
-                let places = ending.long.then(|| Arc::clone(&self.places));
-                Ok(response.map(|inner| Body::new(Outward::new(inner, permit, places))))
-            }
-            (None, None) => Ok(response),
-        }
-    }
-
-    /// Reads the headers and admits the call, before a byte of its body is read.
-    fn open<B>(
-        &self,
-        call: Unary,
-        trace: Option<Arc<Trace>>,
-        request: &mut http::Request<B>,
-    ) -> Result<(Intake, Framing)> {
+    async fn unary(&self, call: Unary, mut request: Request) -> Result<http::Response<tonic::body::Body>> {
         let limit = self.limit(call);
         let headers = request.headers_mut();
         let declared = metadata::declared_bytes(headers);
         let terms = Terms::read(headers)?;
         check_announced(declared, limit)?;
-        let permit = trace.as_ref().map(|trace| self.engine.admit(trace, declared)).transpose()?;
-        let intake = Intake::new(trace, permit, terms.timeout);
+        let intake = Intake::new(None, terms.timeout);
         request.extensions_mut().insert(intake.clone());
-        Ok((intake, Framing::new(limit, terms.encoding.is_some())))
+        let framing = Framing::new(limit, terms.encoding.is_some());
+        let request = request.map(|body| Inward::new(body, framing, self.config.body_timeout, intake.clone()));
+        let response = self.hand_over(call, &intake, request).await?;
+        let ending = intake.end();
+        let own = Status::from_header_map(response.headers()).filter(|_| !ending.reached);
+        match ending.refused.or_else(|| own.as_ref().and_then(refusal)) {
+            Some(error) => Err(error),
+            None => Ok(response),
+        }
     }
 
-    async fn hand_over<B>(
+    async fn hand_over(
         &self,
         call: Unary,
         intake: &Intake,
-        request: http::Request<Inward<B>>,
-    ) -> Result<http::Response<Body>>
-    where
-        B: http_body::Body<Data = Bytes> + Send + 'static,
-    {
+        request: http::Request<Inward<Body>>,
+    ) -> Result<http::Response<tonic::body::Body>> {
         let limit = self.limit(call);
         let Ok(response) = match call {
-            Unary::Infer | Unary::Query | Unary::Change => {
+            Unary::Query | Unary::Change => {
                 let call = self.inference(limit).call(request);
                 intake.follow(call, &self.places).await?
             }
@@ -317,7 +260,6 @@ impl Grpc {
 
     fn limit(&self, call: Unary) -> usize {
         let limit = match call {
-            Unary::Infer => usize::MAX,
             Unary::Query | Unary::Health => MAX_QUERY_BYTES,
             Unary::Change => common::MAX_REPOSITORY_BYTES,
         };
@@ -351,9 +293,22 @@ fn status_of(error: &Error) -> Status {
     status
 }
 
+/// What ends an answer that has begun.
+fn trailers(error: &Error) -> http::HeaderMap {
+    let mut trailers = http::HeaderMap::new();
+    // Fails on metadata that is no header, of which `status_of` adds none; the code is written before that.
+    let _ = status_of(error).add_header(&mut trailers);
+    trailers
+}
+
+/// The answer to a call that is refused: the status alone.
+fn refused(error: &Error) -> Response {
+    status_of(error).into_http::<tonic::body::Body>().map(Body::new)
+}
+
 /// An answer to something that is not gRPC.
-fn bare(code: StatusCode) -> http::Response<Body> {
-    let mut response = http::Response::new(Body::empty());
+fn bare(code: StatusCode) -> Response {
+    let mut response = Response::new(Body::empty());
     *response.status_mut() = code;
     response
 }

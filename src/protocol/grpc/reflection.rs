@@ -9,7 +9,6 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::HeaderMap;
 use http_body::{Body, Frame};
 use http_body_util::BodyExt;
 use tokio::sync::Semaphore;
@@ -23,7 +22,7 @@ use tower::util::BoxCloneSyncService;
 use super::intake::{Framing, Intake, Inward};
 use super::metadata::Terms;
 use super::stream::{Closing, Messages, closing};
-use super::{MAX_QUERY_BYTES, status_of};
+use super::{MAX_QUERY_BYTES, trailers};
 use crate::engine::Engine;
 use crate::error::{Error, Kind, Result};
 
@@ -94,13 +93,6 @@ impl Reflection {
             }))
         }))
     }
-}
-
-fn trailers(error: &Error) -> HeaderMap {
-    let mut trailers = HeaderMap::new();
-    // Fails on metadata that is no header, of which `status_of` adds none; the code is written before that.
-    let _ = status_of(error).add_header(&mut trailers);
-    trailers
 }
 
 fn described() -> Builder<'static> {

@@ -1,14 +1,12 @@
-//! The service's methods: each converts, asks the engine, converts back.
+//! The service's methods as tonic calls them: each converts, asks the engine, converts back. Infer requests are read
+//! and answered before tonic sees them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
-use bytes::Bytes;
-use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::intake::{Admitted, Intake, LONG, Places, at_length, grow_to};
+use super::intake::Intake;
 use super::proto::grpc_inference_service_server::GrpcInferenceService;
 use super::proto::model_repository_parameter::ParameterChoice;
 use super::proto::{
@@ -19,28 +17,17 @@ use super::{convert, status_of};
 use crate::engine::{Engine, ModelInfo};
 use crate::error::{Error, Kind, Result};
 use crate::protocol::{common, triton};
-use crate::request::InferResponse;
 use crate::tensor::TensorSpec;
 
 pub(super) struct InferenceService {
     engine: Arc<Engine>,
-    places: Arc<Places>,
     repository_api: bool,
 }
 
 impl InferenceService {
-    /// Long answers are classified in one of the `places`. `repository_api`: models may be loaded and unloaded here.
-    pub(super) fn new(engine: Arc<Engine>, places: Arc<Places>, repository_api: bool) -> Self {
-        InferenceService { engine, places, repository_api }
-    }
-
-    async fn infer(
-        &self,
-        intake: &Intake,
-        message: proto::ModelInferRequest,
-    ) -> Result<Response<proto::ModelInferResponse>> {
-        let response = infer(&self.engine, &self.places, intake.take()?, message).await?;
-        Ok(answer(intake, response))
+    /// `repository_api`: models may be loaded and unloaded here.
+    pub(super) fn new(engine: Arc<Engine>, repository_api: bool) -> Self {
+        InferenceService { engine, repository_api }
     }
 
     /// The name of the model that was loaded.
@@ -59,44 +46,6 @@ impl InferenceService {
         self.engine.unload(&name).await?;
         Ok(name)
     }
-}
-
-/// From a decoded message to what answers it, on a call of its own or on a stream.
-pub(super) async fn infer(
-    engine: &Engine,
-    places: &Arc<Places>,
-    admitted: Admitted,
-    message: proto::ModelInferRequest,
-) -> Result<InferResponse> {
-    let Admitted { trace, mut permit, timeout } = admitted;
-    let classes = convert::classes(&message.outputs)?;
-    let mut request = convert::request(message)?;
-    request.timeout = sooner(request.timeout, timeout);
-    // What a compressed message or typed contents have grown to.
-    let bytes = request.inputs.iter().map(|input| input.tensor.data().len()).sum();
-    grow_to(&mut permit, bytes)?;
-    let response = engine.infer(&trace, request, permit).await?;
-    if classes.work(&response) <= LONG {
-        return classes.of(response);
-    }
-    let _place = places.take().await;
-    at_length(|| classes.of(response))
-}
-
-fn sooner(first: Option<Duration>, second: Option<Duration>) -> Option<Duration> {
-    first.into_iter().chain(second).min()
-}
-
-fn answer(intake: &Intake, response: InferResponse) -> Response<proto::ModelInferResponse> {
-    let timing = common::server_timing(&response);
-    let (message, permit) = convert::response(response);
-    intake.hold(permit, message.raw_output_contents.iter().map(Bytes::len).sum());
-    let mut answer = Response::new(message);
-    if let Ok(mut timing) = MetadataValue::try_from(timing) {
-        timing.set_sensitive(true);
-        answer.metadata_mut().insert(common::SERVER_TIMING, timing);
-    }
-    answer
 }
 
 #[tonic::async_trait]
@@ -183,12 +132,13 @@ impl GrpcInferenceService for InferenceService {
         message.map(Response::new).map_err(|error| status_of(&error))
     }
 
+    /// Answered by `infer`.
     async fn model_infer(
         &self,
         request: Request<proto::ModelInferRequest>,
     ) -> Result<Response<proto::ModelInferResponse>, Status> {
-        let intake = Intake::reach(&request)?;
-        self.infer(&intake, request.into_inner()).await.map_err(|error| intake.refuse(error))
+        Intake::reach(&request)?;
+        Err(status_of(&Error::internal("an infer request came in past what answers it")))
     }
 
     type ModelStreamInferStream = Answers;

@@ -26,13 +26,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 use tonic::codec::CompressionEncoding;
 use tonic::codegen::tokio_stream::Stream;
-use tonic::{Request, Status, Streaming};
+use tonic::{Request, Status};
 
-use super::codec::CheckedDecoder;
 use super::intake::{Admitted, Framing, Intake, Inward, LONG, Places, check_announced};
 use super::metadata::Terms;
 use super::proto::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
-use super::{Config, ORIGIN, convert, refusal, service, status_of};
+use super::{Config, ORIGIN, convert, infer, status_of};
 use crate::engine::{Engine, Trace};
 use crate::error::{Error, Kind, Result};
 use crate::protocol::common::{self, expired};
@@ -94,7 +93,7 @@ type Reading = Pin<Box<dyn Future<Output = (Reader, Read)> + Send>>;
 /// A request as it came in: decoded, or refused and known by its id.
 struct Arrived {
     room: OwnedSemaphorePermit,
-    trace: Arc<Trace>,
+    trace: Trace,
     request: Result<(ModelInferRequest, Admitted), (String, Error)>,
 }
 
@@ -115,7 +114,7 @@ impl Reader {
         if !begun {
             return Ok(None);
         }
-        let trace = Arc::new(self.engine.begin(ORIGIN));
+        let trace = self.engine.begin(ORIGIN);
         let request = match self.receive(&trace).await {
             Ok(received) => Ok(received),
             Err(error) => match self.pass_over(&error).await {
@@ -130,25 +129,18 @@ impl Reader {
     }
 
     /// As a unary call's message is: a permit first, which grows with what arrives.
-    async fn receive(&mut self, trace: &Arc<Trace>) -> Result<(ModelInferRequest, Admitted)> {
+    async fn receive(&mut self, trace: &Trace) -> Result<(ModelInferRequest, Admitted)> {
         let announced = self.messages.announced();
         check_announced(announced, self.config.max_message_bytes)?;
         let permit = self.engine.admit(trace, announced)?;
         let timeout = self.deadline.map(|deadline| deadline.saturating_duration_since(permit.arrived().into()));
-        let intake = Intake::new(Some(Arc::clone(trace)), Some(permit), timeout);
+        let intake = Intake::new(Some(permit), timeout);
         let Config { max_message_bytes, body_timeout, .. } = self.config;
         let framing = Framing::new(max_message_bytes, self.encoding.is_some());
         let body = Inward::new(self.messages.clone(), framing, body_timeout, intake.clone());
-        let decoder = CheckedDecoder::default();
-        let mut message = Streaming::new_request(decoder, body, self.encoding, Some(max_message_bytes));
-        match intake.follow(message.message(), &self.places).await? {
-            Ok(Some(request)) => Ok((request, intake.take()?)),
-            undecoded => {
-                let refused = intake.end().refused;
-                let refused = refused.or_else(|| undecoded.err().as_ref().and_then(refusal));
-                Err(refused.unwrap_or_else(|| Error::internal("a message ended before it was whole")))
-            }
-        }
+        let request = infer::read(body, &intake, self.encoding, max_message_bytes);
+        let request = intake.follow(request, &self.places).await??;
+        Ok((request, intake.take()?))
     }
 
     /// Passes over the rest of a message that is refused, so that the stream goes on. `None` where it cannot.
@@ -164,7 +156,7 @@ impl Reader {
 /// What became of a request.
 struct Answered {
     room: OwnedSemaphorePermit,
-    trace: Arc<Trace>,
+    trace: Trace,
     id: String,
     /// The caller asked for a mark on the last answer to its request, which is the only one.
     marked: bool,
@@ -181,7 +173,7 @@ impl Answered {
         let id = request.id.clone();
         let marked = convert::wants_final_mark(&request.parameters);
         let outcome = match marked {
-            Ok(_) => service::infer(&engine, &places, admitted, request).await.map(convert::response),
+            Ok(_) => infer::infer(&engine, &places, &trace, admitted, request).await.map(convert::response),
             Err(ref error) => Err(error.clone()),
         };
         Answered { room, trace, id, marked: marked.unwrap_or_default(), outcome }
