@@ -7,7 +7,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{EXTENSIONS, REPOSITORY_EXTENSIONS};
@@ -166,6 +166,19 @@ fn push_millis(text: &mut String, duration: Duration) {
     digits[from..point].iter().for_each(|digit| text.push(char::from(*digit)));
     text.push('.');
     digits[point..].iter().for_each(|digit| text.push(char::from(*digit)));
+}
+
+/// Of memory that every engine computes on where it lies.
+pub(super) const ALIGNMENT: usize = 64;
+
+/// Empty, with room for `bytes`, of which the one at `tensors` lies at a multiple of [`ALIGNMENT`].
+pub(super) fn aligned(bytes: usize, tensors: usize) -> BytesMut {
+    let mut room = BytesMut::with_capacity(bytes + ALIGNMENT);
+    let address = room.as_ptr() as usize;
+    let skipped = address.wrapping_add(tensors).wrapping_neg() % ALIGNMENT;
+    room.put_bytes(0, skipped);
+    room.advance(skipped);
+    room
 }
 
 /// The next bytes of an answer to hand to its connection. They keep what it holds, the request's place in the server,

@@ -1,7 +1,7 @@
 //! `ModelInfer`, which nearly all calls are: from its headers to its answer, without what tonic does for calls of any
 //! kind. `read` and `infer` are a stream's, too.
 //!
-//! A message that is not compressed is gathered, decoded and encoded in memory of just its length; tonic inflates and
+//! A message that is not compressed is gathered, decoded and encoded in memory of its length; tonic inflates and
 //! compresses the others. Limits, deadlines and the permit are `intake`'s to hold.
 
 use std::convert::Infallible;
@@ -13,7 +13,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use http_body::Frame;
 use http_body_util::BodyExt;
@@ -77,19 +77,25 @@ where
     }
 }
 
-/// The content of a message that is not compressed.
+/// The content of a message that is not compressed. Tensors end a message: the last of them, if it has as many bytes as
+/// such tensors have, lies where engines compute on it.
 async fn gather<B>(mut body: Inward<B>) -> Result<Bytes, Status>
 where
     B: http_body::Body<Data = Bytes> + Unpin,
 {
-    let mut message = Vec::new();
+    let mut message = BytesMut::new();
     while let Some(frame) = body.frame().await {
         // Trailers say nothing.
         let Ok(data) = frame?.into_data() else { continue };
-        message.reserve_exact(body.expected().saturating_sub(message.len()));
+        let expected = body.expected();
+        if message.capacity() < expected {
+            let mut larger = common::aligned(expected, expected);
+            larger.extend_from_slice(&message);
+            message = larger;
+        }
         message.extend_from_slice(&data);
     }
-    let mut content = Bytes::from(message);
+    let mut content = message.freeze();
     // The body has ended well: it had a prefix.
     content.advance(PREFIX.min(content.len()));
     Ok(content)
@@ -235,6 +241,21 @@ mod tests {
             let body = Inward::new(Chunks(chunks), Framing::new(100, false), Duration::MAX, intake.clone());
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             prop_assert_eq!(runtime.block_on(read(body, &intake, None, 100)), Ok(request(bytes)));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_large_tensor_lies_where_engines_compute_on_it() {
+        for sizes in [vec![], vec![100, 5000], vec![3; 2000]] {
+            let mut rest = framed(&request(8192)).unwrap();
+            let mut chunks: VecDeque<Bytes> =
+                sizes.into_iter().map(|size| rest.split_to(rest.len().min(size))).collect();
+            chunks.push_back(rest);
+            let intake = Intake::default();
+            let body = Inward::new(Chunks(chunks), Framing::new(10_000, false), Duration::MAX, intake.clone());
+            let message = read(body, &intake, None, 10_000).await.unwrap();
+            assert_eq!(message, request(8192));
+            assert!((message.raw_input_contents[0].as_ptr() as usize).is_multiple_of(common::ALIGNMENT));
         }
     }
 

@@ -3,16 +3,14 @@
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use http_body::{Body as _, Frame};
 use http_body_util::BodyExt;
 
 use super::Config;
 use crate::error::{Error, Kind, Result};
+use crate::protocol::common;
 use crate::request::Permit;
-
-/// Of memory that every engine computes on where it lies.
-const ALIGNMENT: usize = 64;
 
 /// A declared length is believed, and room made for all of it, when one in so many of its bytes is here.
 const BELIEVED: usize = 8;
@@ -33,7 +31,7 @@ fn too_large(max: usize) -> Error {
 }
 
 /// Reads the whole body. `permit` grows with what arrives, whatever was declared. Of a body that comes in several parts, the
-/// byte at `tensors` lies at a multiple of [`ALIGNMENT`].
+/// byte at `tensors` lies at a multiple of [`common::ALIGNMENT`].
 pub(super) async fn read(
     mut body: Body,
     declared: Option<usize>,
@@ -129,7 +127,7 @@ impl Whole {
         }
         let (held, length) = (self.length(), self.length() + data.len());
         if self.rest.capacity() < length {
-            let mut larger = aligned(self.room(held, length), self.tensors);
+            let mut larger = common::aligned(self.room(held, length), self.tensors);
             larger.extend_from_slice(&self.first);
             larger.extend_from_slice(&self.rest);
             (self.first, self.rest) = (Bytes::new(), larger);
@@ -147,16 +145,6 @@ impl Whole {
     }
 }
 
-/// Empty, with room for `bytes`, of which the one at `tensors` lies at a multiple of [`ALIGNMENT`].
-fn aligned(bytes: usize, tensors: usize) -> BytesMut {
-    let mut room = BytesMut::with_capacity(bytes + ALIGNMENT);
-    let address = room.as_ptr() as usize;
-    let skipped = address.wrapping_add(tensors).wrapping_neg() % ALIGNMENT;
-    room.put_bytes(0, skipped);
-    room.advance(skipped);
-    room
-}
-
 #[cfg(test)]
 mod tests {
     use std::pin::Pin;
@@ -165,6 +153,7 @@ mod tests {
     use http_body::Frame;
 
     use super::*;
+    use crate::protocol::common::ALIGNMENT;
     use crate::request::{Budget, BudgetConfig};
 
     /// Chunks of undeclared length, then an end, an error, or silence.
