@@ -3,13 +3,13 @@
 //! For requests, golden cases and warm-ups alike; what surrounds the elements, and how many bytes they may take, is the
 //! caller's. Numbers are read exactly, see `number`.
 //!
-//! Text given here has passed the JSON parser: what is left to find is its end, not whether it is well formed.
+//! Text given here may not have passed a JSON parser: what is no JSON is refused, but where it is wrong, only one can tell.
 
 use bytes::Bytes;
 use half::{bf16, f16};
 
 pub use super::number::ElementError;
-use super::number::{self, Number};
+use super::number::Number;
 use super::{DataType, Shape, Tensor, TensorError, strings};
 
 /// What stands for the values of a float that are not finite, for which JSON has no number.
@@ -81,8 +81,8 @@ impl<'a> Data<'a> {
         self.walk(|text| {
             let token = token(text);
             data.push(match token {
-                "true" => 1,
-                "false" => 0,
+                b"true" => 1,
+                b"false" => 0,
                 other => return Err(misfit(other, "true or false")),
             });
             Ok(token.len())
@@ -93,7 +93,7 @@ impl<'a> Data<'a> {
     fn numbers<T: Number + Send + 'static>(self, not_finite: NotFinite) -> Result<Tensor, DataError> {
         let mut data: Vec<T> = Vec::with_capacity(self.shape.elements());
         self.walk(|text| {
-            let (value, length) = match text.as_bytes().first() {
+            let (value, length) = match text.first() {
                 Some(b'-' | b'0'..=b'9') => T::read(text)?,
                 _ => {
                     let token = token(text);
@@ -111,13 +111,12 @@ impl<'a> Data<'a> {
         let mut data = Vec::new();
         self.walk(|text| {
             let token = token(text);
-            let inner = token.strip_prefix('"').and_then(|token| token.strip_suffix('"'));
-            let inner = inner.ok_or_else(|| misfit(token, "a string"))?;
-            let pushed = if inner.contains('\\') {
-                let unescaped: String = serde_json::from_str(token).map_err(|_| ElementError::Escape)?;
+            let [b'"', inner @ .., b'"'] = token else { return Err(misfit(token, "a string")) };
+            let pushed = if inner.contains(&b'\\') {
+                let unescaped: String = serde_json::from_slice(token).map_err(|_| ElementError::Escape)?;
                 strings::push(&mut data, unescaped.as_bytes())
             } else {
-                strings::push(&mut data, inner.as_bytes())
+                strings::push(&mut data, inner)
             };
             pushed.ok_or(ElementError::TooLong)?;
             Ok(token.len())
@@ -127,24 +126,25 @@ impl<'a> Data<'a> {
 
     /// Calls `element` with the text from every element on, in row-major order, to hear how long the element is, and checks
     /// the structure against the shape.
-    fn walk(&self, mut element: impl FnMut(&str) -> Result<usize, ElementError>) -> Result<(), DataError> {
-        let mut cursor = Cursor { text: self.text, at: 0, index: 0 };
+    fn walk(&self, mut element: impl FnMut(&[u8]) -> Result<usize, ElementError>) -> Result<(), DataError> {
+        let mut cursor = Cursor { text: self.text.as_bytes(), at: 0, index: 0 };
         let flat = [self.shape.elements()];
         let nested = self.text.trim_start().strip_prefix('[').is_some_and(|rest| rest.trim_start().starts_with('['));
         let dims = if nested { self.shape.dims() } else { &flat };
-        cursor.level(dims, &mut element).map_err(|stop| match stop {
+        let read = cursor.level(dims, &mut element).and_then(|()| cursor.end());
+        read.map_err(|stop| match stop {
             Stop::Structure => DataError::Structure { shape: self.shape.clone() },
             Stop::Element(error) => DataError::Element { index: cursor.index, error },
         })
     }
 }
 
-fn misfit(token: &str, expected: &'static str) -> ElementError {
+fn misfit(token: &[u8], expected: &'static str) -> ElementError {
     ElementError::Type { found: kind_of(token), expected }
 }
 
-fn kind_of(token: &str) -> &'static str {
-    match token.as_bytes().first() {
+fn kind_of(token: &[u8]) -> &'static str {
+    match token.first() {
         Some(b'"') => "a string",
         Some(b't' | b'f') => "a boolean",
         Some(b'n') => "null",
@@ -159,7 +159,7 @@ enum Stop {
 }
 
 struct Cursor<'a> {
-    text: &'a str,
+    text: &'a [u8],
     at: usize,
     index: usize,
 }
@@ -169,7 +169,7 @@ impl Cursor<'_> {
     fn level(
         &mut self,
         dims: &[usize],
-        element: &mut impl FnMut(&str) -> Result<usize, ElementError>,
+        element: &mut impl FnMut(&[u8]) -> Result<usize, ElementError>,
     ) -> Result<(), Stop> {
         let [count, inner @ ..] = dims else { return Err(Stop::Structure) };
         self.expect(b'[')?;
@@ -191,14 +191,19 @@ impl Cursor<'_> {
         self.expect(b']')
     }
 
-    fn peek(&mut self) -> Option<u8> {
-        let bytes = self.text.as_bytes();
-        while let Some(b' ' | b'\n' | b'\r' | b'\t') = bytes.get(self.at) {
-            self.at += 1;
-        }
-        bytes.get(self.at).copied()
+    fn end(&mut self) -> Result<(), Stop> {
+        self.peek().map_or(Ok(()), |_| Err(Stop::Structure))
     }
 
+    #[inline]
+    fn peek(&mut self) -> Option<u8> {
+        while let Some(b' ' | b'\n' | b'\r' | b'\t') = self.text.get(self.at) {
+            self.at += 1;
+        }
+        self.text.get(self.at).copied()
+    }
+
+    #[inline]
     fn expect(&mut self, byte: u8) -> Result<(), Stop> {
         if self.peek() != Some(byte) {
             return Err(Stop::Structure);
@@ -209,12 +214,11 @@ impl Cursor<'_> {
 }
 
 /// The element that `text` begins with: of an object, which is none, the opening bracket.
-fn token(text: &str) -> &str {
-    let bytes = text.as_bytes();
-    let length = match bytes.first() {
+fn token(text: &[u8]) -> &[u8] {
+    let length = match text.first() {
         Some(b'{') => Some(1),
-        Some(b'"') => string_length(bytes),
-        _ => number::end(bytes),
+        Some(b'"') => string_length(text),
+        _ => text.iter().position(|byte| matches!(byte, b',' | b']' | b' ' | b'\n' | b'\r' | b'\t')),
     };
     &text[..length.unwrap_or(text.len())]
 }

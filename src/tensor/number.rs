@@ -1,4 +1,4 @@
-//! JSON numbers as the elements of tensors, exactly.
+//! JSON numbers as the elements of tensors, exactly: what is no JSON number is refused, whoever has read the text before.
 //!
 //! An integer is taken where its value is one, however it is written (`2`, `2.0`, `2e0`), and refused where it has a
 //! fraction or does not fit. FP32 and FP64 are the nearest value to the decimal text; FP16 and BF16 the nearest even to
@@ -9,11 +9,11 @@ use half::{bf16, f16};
 use super::{DataType, Element};
 
 pub(super) trait Number: Element {
-    /// The JSON number that `text` begins with, and how many bytes it takes.
-    fn read(text: &str) -> Result<(Self, usize), ElementError>;
+    /// The JSON number that `text` begins with, and how many bytes it takes. What may follow it is the caller's to say.
+    fn read(text: &[u8]) -> Result<(Self, usize), ElementError>;
 
     /// From one of the strings that stand for what JSON has no number for, quotes included. Integers have none.
-    fn named(_token: &str) -> Option<Self> {
+    fn named(_token: &[u8]) -> Option<Self> {
         None
     }
 }
@@ -36,15 +36,21 @@ pub enum ElementError {
 macro_rules! integers {
     ($($rust:ty),*) => {
         $(impl Number for $rust {
-            fn read(text: &str) -> Result<(Self, usize), ElementError> {
-                let dtype = Self::DTYPE;
-                let token = &text[..end(text.as_bytes()).unwrap_or(text.len())];
-                // Plain digits, which is nearly always; the rest is rare enough to be slow.
-                if let Ok(value) = token.parse() {
-                    return Ok((value, token.len()));
+            #[inline]
+            fn read(text: &[u8]) -> Result<(Self, usize), ElementError> {
+                if let Some(Decimal { negative, digits, fraction: 0, length }) = decimal(text) {
+                    // At most 16 digits.
+                    let value = if negative { -(digits as i64) } else { digits as i64 };
+                    return Self::try_from(value).map(|value| (value, length)).map_err(|_| ElementError::Range { dtype: Self::DTYPE });
                 }
-                let value = Self::try_from(integer(token, dtype)?).map_err(|_| ElementError::Range { dtype })?;
-                Ok((value, token.len()))
+                rare(text)
+            }
+        }
+
+        impl Rare for $rust {
+            fn of(token: &str) -> Result<Self, ElementError> {
+                let dtype = Self::DTYPE;
+                token.parse().or_else(|_| Self::try_from(integer(token, dtype)?).map_err(|_| ElementError::Range { dtype }))
             }
         })*
     };
@@ -52,33 +58,170 @@ macro_rules! integers {
 integers!(u8, u16, u32, u64, i8, i16, i32, i64);
 
 macro_rules! floats {
-    ($($rust:ty, by $by:ty: $narrowed:expr);* $(;)?) => {
+    ($($rust:ty, by $by:ty: $narrowed:expr, $exact:expr);* $(;)?) => {
         $(impl Number for $rust {
-            fn read(text: &str) -> Result<(Self, usize), ElementError> {
-                let narrowed: fn($by) -> $rust = $narrowed;
-                // A JSON number is a number here, too, and ends where it does there.
-                let read = fast_float2::parse_partial::<$by, _>(text).ok();
-                let read = read.map(|(value, length)| (narrowed(value), length));
-                read.filter(|(value, _)| value.is_finite()).ok_or(ElementError::Range { dtype: Self::DTYPE })
+            #[inline]
+            fn read(text: &[u8]) -> Result<(Self, usize), ElementError> {
+                let exact: fn(f64) -> Option<$rust> = $exact;
+                let read = decimal(text).and_then(|decimal| Some((exact(decimal.double()?)?, decimal.length)));
+                match read {
+                    Some(read) if read.0.is_finite() => Ok(read),
+                    _ => rare(text),
+                }
             }
 
-            fn named(token: &str) -> Option<Self> {
-                let known = matches!(token, r#""NaN""# | r#""Infinity""# | r#""-Infinity""#);
-                if known { token.trim_matches('"').parse().ok() } else { None }
+            fn named(token: &[u8]) -> Option<Self> {
+                match token {
+                    br#""NaN""# => Some(Self::NAN),
+                    br#""Infinity""# => Some(Self::INFINITY),
+                    br#""-Infinity""# => Some(Self::NEG_INFINITY),
+                    _ => None,
+                }
+            }
+        }
+
+        impl Rare for $rust {
+            fn of(token: &str) -> Result<Self, ElementError> {
+                let narrowed: fn($by) -> $rust = $narrowed;
+                let read = fast_float2::parse::<$by, _>(token).ok().map(narrowed);
+                read.filter(|value| value.is_finite()).ok_or(ElementError::Range { dtype: Self::DTYPE })
             }
         })*
     };
 }
 floats! {
-    f32, by f32: |value| value;
-    f64, by f64: |value| value;
-    f16, by f64: f16::from_f64;
-    bf16, by f64: bf16::from_f64;
+    f32, by f32: |value| value, single;
+    f64, by f64: |value| value, Some;
+    f16, by f64: f16::from_f64, |value| Some(f16::from_f64(value));
+    bf16, by f64: bf16::from_f64, |value| Some(bf16::from_f64(value));
 }
 
-/// Where the number, `true`, `false` or `null` ends that `text` begins with, if anything follows it.
-pub(super) fn end(text: &[u8]) -> Option<usize> {
-    text.iter().position(|byte| matches!(byte, b',' | b']' | b' ' | b'\n' | b'\r' | b'\t'))
+/// The nearest single to a decimal number from the nearest double to it. `None` for a double in the middle between two
+/// singles: on which side of it the number was has been lost. (Singles that are not normal have other middles, but no
+/// [`Decimal`] is that small.)
+#[inline]
+fn single(double: f64) -> Option<f32> {
+    const LOST: u32 = f64::MANTISSA_DIGITS - f32::MANTISSA_DIGITS;
+    let lost = double.to_bits() & ((1 << LOST) - 1);
+    (lost != 1 << (LOST - 1)).then_some(double as f32)
+}
+
+/// A number that is not written as nearly all are.
+trait Rare: Number {
+    /// From a whole JSON number.
+    fn of(token: &str) -> Result<Self, ElementError>;
+}
+
+#[cold]
+fn rare<T: Rare>(text: &[u8]) -> Result<(T, usize), ElementError> {
+    let token = length(text).and_then(|length| std::str::from_utf8(&text[..length]).ok());
+    let token = token.ok_or(ElementError::Type { found: "no JSON number", expected: T::DTYPE.name() })?;
+    T::of(token).map(|value| (value, token.len()))
+}
+
+/// A JSON number as nearly all are written: without an exponent, of few digits. Its value is `digits` / 10^`fraction`.
+struct Decimal {
+    negative: bool,
+    digits: u64,
+    fraction: usize,
+    length: usize,
+}
+
+impl Decimal {
+    /// The nearest double: both numbers are exact as doubles, so that their quotient is rounded once.
+    #[inline]
+    fn double(&self) -> Option<f64> {
+        if self.digits > 1 << f64::MANTISSA_DIGITS {
+            return None;
+        }
+        // As an i64: for an unsigned number there is no instruction.
+        let value = self.digits as i64 as f64 / POWERS[self.fraction] as i64 as f64;
+        // The sign by its bit: a branch on it is foreseen half of the time.
+        Some(f64::from_bits(value.to_bits() | u64::from(self.negative) << 63))
+    }
+}
+
+/// 10^0 to 10^16, each of which is exact as a double, too.
+const POWERS: [u64; 17] = {
+    let mut powers = [1; 17];
+    let mut i = 1;
+    while i < powers.len() {
+        powers[i] = powers[i - 1] * 10;
+        i += 1;
+    }
+    powers
+};
+
+/// The number that `text` begins with, if it has no exponent, at most 16 digits, and enough bytes follow it to read ahead.
+#[inline]
+fn decimal(text: &[u8]) -> Option<Decimal> {
+    let negative = *text.first()? == b'-';
+    let start = usize::from(negative);
+    let ahead: &[u8; 16] = text.get(start..)?.first_chunk()?;
+    // So often that where the fraction begins need not be computed before it is looked at.
+    let one_digit = ahead[0].is_ascii_digit() && ahead[1] == b'.';
+    let (whole, count) = if one_digit { (u64::from(ahead[0] - b'0'), 1) } else { digits(ahead) };
+    let mut decimal = Decimal { negative, digits: whole, fraction: 0, length: start + count };
+    let mut next = *text.get(decimal.length)?;
+    if next == b'.' {
+        let (part, fraction) = digits(text.get(decimal.length + 1..)?.first_chunk()?);
+        if fraction == 0 || count + fraction > 16 {
+            return None;
+        }
+        decimal.digits = whole.wrapping_mul(POWERS[fraction]).wrapping_add(part);
+        decimal.fraction = fraction;
+        decimal.length += 1 + fraction;
+        next = *text.get(decimal.length)?;
+    }
+    // A number goes on, or begins as none does.
+    let no_number = matches!(next, b'0'..=b'9' | b'e' | b'E' | b'.') || count == 0 || count > 1 && text[start] == b'0';
+    (!no_number).then_some(decimal)
+}
+
+/// The value of the digits that `text` begins with, and how many of them there are. Branches on none of them, for how
+/// many there are is not to be foreseen.
+#[inline]
+fn digits(text: &[u8; 16]) -> (u64, usize) {
+    const ZEROS: u128 = u128::from_le_bytes([b'0'; 16]);
+    // A byte of 10 or more overflows into its highest bit, and into bytes behind it only.
+    const OVERFLOW: u128 = u128::from_le_bytes([0x80 - 10; 16]);
+    const HIGHEST: u128 = u128::from_le_bytes([0x80; 16]);
+    let digits = u128::from_le_bytes(*text) ^ ZEROS;
+    let others = (digits.wrapping_add(OVERFLOW) | digits) & HIGHEST;
+    let count = others.trailing_zeros() / 8;
+    // The last digit to the end, zeros in front of the first.
+    let digits = digits.checked_shl(128 - 8 * count).unwrap_or(0);
+    let [front, back] = [digits as u64, (digits >> 64) as u64].map(eight_digits);
+    (front.wrapping_mul(100_000_000).wrapping_add(back), count as usize)
+}
+
+/// The value of eight digits, the first of them in the lowest byte: pairs are added up, then pairs of pairs, then these.
+#[inline]
+fn eight_digits(digits: u64) -> u64 {
+    const EVERY_OTHER_PAIR: u64 = 0x0000_00ff_0000_00ff;
+    let pairs = digits.wrapping_mul(10).wrapping_add(digits >> 8);
+    let front = (pairs & EVERY_OTHER_PAIR).wrapping_mul(100 + (1_000_000 << 32));
+    let back = ((pairs >> 16) & EVERY_OTHER_PAIR).wrapping_mul(1 + (10_000 << 32));
+    front.wrapping_add(back) >> 32
+}
+
+/// Bytes of the JSON number that `text` begins with, if it does with one.
+fn length(text: &[u8]) -> Option<usize> {
+    let digits = |from: usize| text[from..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let some_digits = |from: usize| Some(digits(from)).filter(|count| *count > 0);
+    let start = usize::from(text.first() == Some(&b'-'));
+    let mut at = start + some_digits(start)?;
+    if at - start > 1 && text[start] == b'0' {
+        return None;
+    }
+    if text.get(at) == Some(&b'.') {
+        at += 1 + some_digits(at + 1)?;
+    }
+    if let Some(b'e' | b'E') = text.get(at) {
+        let sign = usize::from(matches!(text.get(at + 1), Some(b'+' | b'-')));
+        at += 1 + sign + some_digits(at + 1 + sign)?;
+    }
+    Some(at)
 }
 
 /// The most digits an integer of interest has: 2^64 has 20.
@@ -128,12 +271,12 @@ mod tests {
     use super::*;
 
     fn one<T: Number>(text: &str) -> Result<T, ElementError> {
-        for behind in ["", ",1", "]", " ,", "\n]", "\t", "\r\n"] {
-            let (read, longer) = (T::read(text), T::read(&format!("{text}{behind}")));
+        for behind in ["", ",1", "]", " ,", "\n]", "\t", "\r\n", ",1.2345678901234567,2,-34567890123456]"] {
+            let (read, longer) = (T::read(text.as_bytes()), T::read(format!("{text}{behind}").as_bytes()));
             assert_eq!(read.map(|(_, length)| length), longer.map(|(_, length)| length), "{text}{behind}");
             assert!(longer.is_err() || longer.is_ok_and(|(_, length)| length == text.len()), "{text}{behind}");
         }
-        T::read(text).map(|(value, _)| value)
+        T::read(text.as_bytes()).map(|(value, _)| value)
     }
 
     #[test]
@@ -191,7 +334,40 @@ mod tests {
         assert!(one::<f64>(&format!("1e{}", "9".repeat(1_000_000))).is_err());
     }
 
+    #[test]
+    fn what_is_no_json_number_is_refused() {
+        const MORE: &str = ",1.2345678901234567,2,-34567890123456]";
+        for text in [
+            "", "-", "--1", "+1", "01", "-01", "00.5", ".5", "-.5", "1.", "1.,", "1.e5", "1e", "1e+", "1.5E", "e1", "x",
+        ] {
+            for text in [text.to_string(), format!("{text}{MORE}")] {
+                let text = text.as_bytes();
+                assert!(f32::read(text).is_err() && f64::read(text).is_err(), "{text:?}");
+                assert!(i32::read(text).is_err() && u64::read(text).is_err(), "{text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn as_many_digits_are_read_as_there_are() {
+        for count in 0..=16 {
+            for behind in ["................", "\u{7f}///////////////", "::::::::::::::::", "éééééééé"] {
+                let text = [&b"9876543210123456"[..count], behind.as_bytes()].concat();
+                let expected = std::str::from_utf8(&text[..count]).unwrap().parse().unwrap_or(0);
+                assert_eq!(digits(text.first_chunk().unwrap()), (expected, count), "{count} {behind}");
+            }
+        }
+    }
+
     proptest! {
+        #[test]
+        fn integers_are_read_as_the_standard_library_does(value in any::<i64>(), shift in 0u32..64) {
+            let value = value >> shift;
+            prop_assert_eq!(one::<i64>(&value.to_string()).unwrap(), value);
+            prop_assert_eq!(one::<i32>(&value.to_string()).ok(), i32::try_from(value).ok());
+            prop_assert_eq!(one::<u8>(&value.to_string()).ok(), u8::try_from(value).ok());
+        }
+
         #[test]
         fn floats_are_read_as_the_standard_library_does(
             text in r"-?(0|[1-9][0-9]{0,24})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?",
@@ -214,12 +390,12 @@ mod tests {
 
     #[test]
     fn floats_have_three_names_and_integers_none() {
-        assert!(f32::named("\"NaN\"").unwrap().is_nan() && bf16::named("\"NaN\"").unwrap().is_nan());
-        assert_eq!(f64::named("\"Infinity\""), Some(f64::INFINITY));
-        assert_eq!(f16::named("\"-Infinity\""), Some(f16::NEG_INFINITY));
+        assert!(f32::named(b"\"NaN\"").unwrap().is_nan() && bf16::named(b"\"NaN\"").unwrap().is_nan());
+        assert_eq!(f64::named(b"\"Infinity\""), Some(f64::INFINITY));
+        assert_eq!(f16::named(b"\"-Infinity\""), Some(f16::NEG_INFINITY));
         for text in ["\"nan\"", "\"inf\"", "\"1\"", "\"\"", "NaN", "\"+Infinity\""] {
-            assert_eq!(f32::named(text), None, "{text}");
+            assert_eq!(f32::named(text.as_bytes()), None, "{text}");
         }
-        assert_eq!(i8::named("\"NaN\""), None);
+        assert_eq!(i8::named(b"\"NaN\""), None);
     }
 }
