@@ -2,13 +2,15 @@
 //! elements are.
 //!
 //! One pass finds the fields and leaves each `data` as text; a second reads that text straight into a typed buffer once
-//! shape and datatype are known, in whatever order the fields came. Bounded before anything is allocated for it:
-//! nesting, the number of inputs, outputs, parameters and dimensions, and every tensor's bytes.
+//! shape and datatype are known, in whatever order the fields came. The JSON parser of the first is spared arrays of
+//! numbers, which the second checks, too (`outline`). Bounded before anything is allocated for it: nesting, the number of
+//! inputs, outputs, parameters and dimensions, and every tensor's bytes.
 
 use serde::de::DeserializeSeed;
 
 use super::binary::{self, Tail};
-use super::envelope::{Dims, Input, Object, OfBody, Output};
+use super::envelope::{Body, Dims, Input, Object, OfBody, Output};
+use super::outline::{LOOKED_THROUGH, Outline, holds};
 use super::parameters::{self, OfOutput, OfRequest};
 use super::{Config, data};
 use crate::error::{Error, Quoted, Result, quoted};
@@ -37,13 +39,39 @@ pub(super) fn parse(model: &str, json: &[u8], tail: Tail, config: &Config, permi
     let text = std::str::from_utf8(json)
         .map_err(|error| Error::invalid(format!("the request JSON is not UTF-8 at byte {}", error.valid_up_to())))?;
     check_depth(text, config.max_json_depth)?;
+    let outline = Outline::of(text);
+    // What is wrong with the JSON, and where, is told by the parser of all of it, and before what is wrong with the request.
+    let Some(body) = outline.as_ref().and_then(of_outline) else {
+        return tensors(model, envelope(text)?, None, tail, config, permit);
+    };
+    tensors(model, body, outline.as_ref(), tail, config, permit).map_err(|error| envelope(text).err().unwrap_or(error))
+}
+
+fn envelope(text: &str) -> Result<Body<'_>> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let body = OfBody.deserialize(&mut deserializer).map_err(malformed)?;
     deserializer.end().map_err(malformed)?;
-    check_length("the request id", &body.id)?;
+    Ok(body)
+}
 
+/// `None` where the parser has to see all of the text: nobody else would look at an array that is no input's.
+fn of_outline<'a>(outline: &'a Outline<'_>) -> Option<Body<'a>> {
+    let body = envelope(&outline.text).ok()?;
+    let read = body.inputs.iter().filter_map(|Object(input)| outline.array(input.data?.get())).count();
+    (read == outline.arrays()).then_some(body)
+}
+
+fn tensors(
+    model: &str,
+    body: Body,
+    outline: Option<&Outline>,
+    tail: Tail,
+    config: &Config,
+    permit: &mut Permit,
+) -> Result<Parsed> {
+    check_length("the request id", &body.id)?;
     let parameters = parameters::of_request(body.parameters)?;
-    let mut inputs = Inputs { tail, strings: Strings::default(), left: config.max_body_bytes, permit };
+    let mut inputs = Inputs { outline, tail, strings: Strings::default(), left: config.max_body_bytes, permit };
     let tensors = body.inputs.into_iter().map(|Object(input)| inputs.read(input)).collect::<Result<_>>()?;
     inputs.tail.finish(model)?;
     let outputs = body.outputs.into_iter().map(|Object(output)| read_output(output)).collect::<Result<_>>()?;
@@ -52,6 +80,7 @@ pub(super) fn parse(model: &str, json: &[u8], tail: Tail, config: &Config, permi
 
 /// One request's, as they are read.
 struct Inputs<'a> {
+    outline: Option<&'a Outline<'a>>,
     tail: Tail,
     strings: Strings,
     /// Bytes that tensors written as JSON may still take.
@@ -69,7 +98,11 @@ impl Inputs<'_> {
         self.strings.count(dtype, &shape)?;
         let size = parameters::of_input(parameters, &name)?;
         let tensor = match (data, size) {
-            (Some(data), None) => data::parse(shown, dtype, shape, data.get(), &mut self.left, self.permit)?,
+            (Some(data), None) => {
+                let data = data.get();
+                let text = self.outline.and_then(|outline| outline.array(data)).unwrap_or(data);
+                data::parse(shown, dtype, shape, text, &mut self.left, self.permit)?
+            }
             (None, Some(size)) => binary::tensor(shown, dtype, shape, self.tail.take(shown, size)?)?,
             (found, _) => {
                 let found = if found.is_some() { "both" } else { "neither" };
@@ -116,17 +149,23 @@ pub(super) fn check_depth(text: &str, max: usize) -> Result<()> {
     if brackets(text) <= max {
         return Ok(());
     }
-    let (mut depth, mut in_string, mut bytes) = (0usize, false, text.bytes());
-    while let Some(byte) = bytes.next() {
-        match (byte, in_string) {
-            (b'"', _) => in_string = !in_string,
-            (b'\\', true) => drop(bytes.next()),
-            (b'[' | b'{', false) => depth += 1,
-            (b']' | b'}', false) => depth = depth.saturating_sub(1),
-            _ => {}
+    let (mut depth, mut in_string, mut escaped) = (0usize, false, false);
+    for part in text.as_bytes().chunks(LOOKED_THROUGH) {
+        if !escaped && !holds(part, |byte| matches!(byte, b'"' | b'\\' | b'[' | b']' | b'{' | b'}')) {
+            continue;
         }
-        if depth > max {
-            return Err(Error::invalid(format!("the request JSON is nested deeper than {max} levels")));
+        for byte in part {
+            match (byte, in_string) {
+                _ if escaped => escaped = false,
+                (b'"', _) => in_string = !in_string,
+                (b'\\', true) => escaped = true,
+                (b'[' | b'{', false) => depth += 1,
+                (b']' | b'}', false) => depth = depth.saturating_sub(1),
+                _ => {}
+            }
+            if depth > max {
+                return Err(Error::invalid(format!("the request JSON is nested deeper than {max} levels")));
+            }
         }
     }
     Ok(())
@@ -294,6 +333,51 @@ mod tests {
         refused("\"".repeat(1 << 20));
         check_depth(&format!("[\"{}\\\"{}\"]", "[".repeat(100), "{".repeat(100)), 64).unwrap();
         check_depth(&"[]".repeat(1000), 64).unwrap();
+        // An escape at the end of what is looked through at once, and nothing but text behind it.
+        for before in 0..2 * LOOKED_THROUGH {
+            let text = format!("[\"{}\\\"{}\"]", "a".repeat(before), "[".repeat(100));
+            check_depth(&text, 64).unwrap();
+            assert!(check_depth(&text.replace('\\', ""), 64).is_err());
+        }
+    }
+
+    /// Of arrays that the JSON parser of the whole text never sees, and of others.
+    #[test]
+    fn numbers_are_read_where_they_are_an_inputs_and_json() {
+        const ELEMENTS: usize = 4000;
+        let zeros = format!("{}0", "0,".repeat(ELEMENTS - 1));
+        let inputs = |data: &str, more: &str| {
+            let one = |name: &str, data: &str| {
+                format!(r#"{{"name":"{name}","shape":[{ELEMENTS}],"datatype":"FP32", "data" : {data}}}"#)
+            };
+            format!(r#"{{"inputs":[{},{}]{more}}}"#, one("x", &format!("[{zeros}]")), one("y", data))
+        };
+        let good = |data: &str, more: &str| read(inputs(data, more)).unwrap().inputs[1].tensor.to_vec::<f32>().unwrap();
+        let ones = format!("{}1", "1,".repeat(ELEMENTS - 1));
+        for more in [
+            "",
+            &format!(r#","other":{{"data":[{zeros}]}}"#),
+            &format!(r#","other":[{{"data":[{zeros}]}},{{"data":[{zeros}]}}]"#),
+            &format!(r#","other":"\"data\":[{zeros}]""#),
+            &format!(r#","other":",\"data\":[{zeros}""#),
+        ] {
+            assert_eq!(good(&format!("[{ones}]"), more), [1.0; ELEMENTS], "{more}");
+            assert_eq!(good(&format!("[\n{}\t]", ones.replace(',', " ,\r")), more), [1.0; ELEMENTS], "{more}");
+        }
+        for wrong in
+            ["01", "1.", ".1", "-", "--1", "+1", "1e", "1e+", "1.e1", "0x1", "1 1", "1,", ",1", "NaN", "1]", "[1"]
+        {
+            let data = format!("[{}{wrong}]", "1,".repeat(ELEMENTS - 1));
+            let expected = envelope(&inputs(&data, "")).err().unwrap();
+            assert_eq!(refused(inputs(&data, "")), expected.message(), "{wrong}");
+            let elsewhere = inputs(&format!("[{ones}]"), &format!(r#","other":{{"data":{data}}}"#));
+            assert!(refused(elsewhere).starts_with("failed to parse the request JSON: "), "{wrong}");
+        }
+        // Of two mistakes the one in the JSON, wherever it is.
+        assert!(refused(inputs("[1]", ",")).starts_with("failed to parse the request JSON: "));
+        assert!(refused(inputs("[1]", "")).starts_with("Shape does not match"));
+        let repeated = refused(inputs(&format!("[{ones}],\"data\":[{ones}]"), ""));
+        assert!(repeated.contains("duplicate field `data`"), "{repeated}");
     }
 
     #[test]

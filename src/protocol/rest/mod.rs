@@ -1,7 +1,7 @@
 //! The Open Inference Protocol V2 over REST, with the binary tensor extension and gzip or deflate both ways.
 //!
 //! `routes` maps paths to handlers · `infer` is the way of one inference · `body` and `encoding` read it within bounds ·
-//! `json` turns it into tensors, by way of `envelope`, `parameters`, `data` and `binary` · `answer` writes the
+//! `json` turns it into tensors, by way of `outline`, `envelope`, `parameters`, `data` and `binary` · `answer` writes the
 //! response · `repository` lists, loads and unloads what is there · `triton` tells configurations and statistics. Owns parsing, HTTP limits and texts. Knows nothing of the listener, of batching or of models.
 //!
 //! No byte of a body is read before there is a permit for it. Work that may take more than about 500 µs runs on the
@@ -15,6 +15,7 @@ mod encoding;
 mod envelope;
 mod infer;
 mod json;
+mod outline;
 mod parameters;
 mod repository;
 mod routes;
