@@ -135,9 +135,11 @@ impl Whole {
         self.rest.extend_from_slice(&data);
     }
 
-    /// For `length` bytes, where there was room for `held`: what was declared, once that can be believed.
+    /// For `length` bytes, of which `held` were here before: what was declared, once that can be believed, and otherwise
+    /// twice as much as there was.
     fn room(&self, held: usize, length: usize) -> usize {
-        if self.declared / BELIEVED <= length { self.declared.max(length) } else { length.max(2 * held) }
+        let believed = length <= self.declared && self.declared / BELIEVED <= length;
+        if believed { self.declared } else { length.max(2 * held) }
     }
 
     fn into_bytes(self) -> Bytes {
@@ -247,6 +249,21 @@ mod tests {
         let last = grown[79];
         assert!(last >= 80_000 && grown[16..].iter().all(|room| *room + 70_000 > last), "{grown:?}");
         assert_eq!(whole.into_bytes(), vec![7; 80_000]);
+    }
+
+    #[test]
+    fn a_body_of_unknown_length_is_copied_few_times() {
+        for declared in [None, Some(10)] {
+            let mut whole = Whole::new(declared, 0);
+            let mut rooms = Vec::new();
+            for _ in 0..10_000 {
+                whole.push(Bytes::from_static(&[7; 50]));
+                rooms.push(whole.rest.as_ptr() as usize);
+            }
+            rooms.dedup();
+            assert!(rooms.len() <= 20, "{declared:?}: {}", rooms.len());
+            assert_eq!(whole.into_bytes(), vec![7; 500_000]);
+        }
     }
 
     #[test]

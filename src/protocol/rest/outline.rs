@@ -39,11 +39,11 @@ impl<'a> Outline<'a> {
         let (mut copied, mut at) = (0, 0);
         while let Some(quote) = bytes[at..].iter().take(MAX_LEFT).position(|byte| *byte == b'"') {
             at += quote;
+            if at - copied > MAX_LEFT {
+                return None;
+            }
             let Some(start) = array_named_data(bytes, at) else {
                 at += 1;
-                if at - copied > MAX_LEFT {
-                    return None;
-                }
                 continue;
             };
             at = start;
@@ -160,6 +160,7 @@ mod tests {
             format!(r#"{{"data":{long},{}"#, " ".repeat(MAX_LEFT)),
             format!(r#"{{{}"data":{long}}}"#, " ".repeat(MAX_LEFT + 1)),
             format!(r#"{{{}"data":{long}}}"#, "\"\",".repeat(MAX_LEFT)),
+            format!(r#"{{"x":[{}{{"data":{long}}}]}}"#, r#"{"data":[1]},"#.repeat(MAX_LEFT)),
             vec![format!(r#"{{"data":{long}}}"#); MAX_INPUTS + 1].join(","),
         ] {
             assert!(Outline::of(&text).is_none(), "{text:.100}");
