@@ -9,7 +9,8 @@
 //! statistics that protocols tell) lives in its [`VersionMonitor`] and vanishes with it. What requests tell is counted by
 //! thread (`shares`) and put together when it is read. Memory stays flat without scrapes.
 //!
-//! Threads: everything may be called from anywhere. Recording takes no lock but those of a thread's own shares.
+//! Threads: everything may be called from anywhere. Recording takes no lock but those of a thread's own shares,
+//! and for a label that the thread has not seen yet the output's.
 
 mod distribution;
 pub mod events;

@@ -299,15 +299,15 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Inward<B> {
             match Pin::new(&mut this.inner).poll_frame(cx) {
                 Poll::Pending if this.poll_expired(cx) => return this.fail(this.late()),
                 Poll::Pending => return Poll::Pending,
-                Poll::Ready(Some(Ok(frame))) => match frame.data_ref().map(|data| this.follow(data)) {
-                    Some(Err(error)) => return this.fail(error),
-                    Some(Ok(())) => {
-                        if let Some(frame) = this.pass(frame) {
-                            return Poll::Ready(Some(Ok(frame)));
-                        }
+                Poll::Ready(Some(Ok(frame))) => {
+                    if let Some(Err(error)) = frame.data_ref().map(|data| this.follow(data)) {
+                        return this.fail(error);
                     }
-                    None => return Poll::Ready(Some(Ok(frame))),
-                },
+                    // Trailers, too: only behind them is a message known to be whole, and decoded.
+                    if let Some(frame) = this.pass(frame) {
+                        return Poll::Ready(Some(Ok(frame)));
+                    }
+                }
                 Poll::Ready(Some(Err(_))) => {
                     return this.fail(Error::new(Kind::Cancelled, "the request's body broke off"));
                 }
@@ -521,6 +521,38 @@ mod tests {
     }
 
     /// Never gives a frame, never ends.
+    /// As a client's frames arrive, each in a poll of its own.
+    struct Arriving(VecDeque<Frame<Bytes>>, bool);
+
+    impl Body for Arriving {
+        type Data = Bytes;
+        type Error = Status;
+        fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            self.1 = !self.1;
+            if self.1 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            Poll::Ready(self.0.pop_front().map(Ok))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_long_message_that_ends_with_trailers_is_decoded_in_a_place() {
+        let frames = [Frame::data(message(LONG + 1).into()), Frame::trailers(http::HeaderMap::new())];
+        let intake = Intake::default();
+        let body = Arriving(frames.into(), false);
+        let mut body = Inward::new(body, Framing::new(2 * LONG, false), Duration::MAX, intake.clone());
+        let (places, seen) = (Places::new(1), Mutex::new(Vec::new()));
+        let reading = async {
+            while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+                seen.lock().unwrap().push((frame.unwrap().is_trailers(), places.free()));
+            }
+        };
+        intake.follow(reading, &places).await.unwrap();
+        assert_eq!(*seen.lock().unwrap(), [(false, 0), (true, 0)], "no place is free while either goes on");
+    }
+
     struct Stalled;
     impl Body for Stalled {
         type Data = Bytes;
