@@ -171,14 +171,16 @@ fn push_millis(text: &mut String, duration: Duration) {
 /// Of memory that every engine computes on where it lies.
 pub(super) const ALIGNMENT: usize = 64;
 
-/// Empty, with room for `bytes`, of which the one at `tensors` lies at a multiple of [`ALIGNMENT`].
-pub(super) fn aligned(bytes: usize, tensors: usize) -> BytesMut {
+/// Moves what has come of a message to where there is room for `bytes`, of which the one at `tensors` lies at a multiple of
+/// [`ALIGNMENT`].
+pub(super) fn move_aligned(message: &mut BytesMut, bytes: usize, tensors: usize) {
     let mut room = BytesMut::with_capacity(bytes + ALIGNMENT);
     let address = room.as_ptr() as usize;
     let skipped = address.wrapping_add(tensors).wrapping_neg() % ALIGNMENT;
     room.put_bytes(0, skipped);
     room.advance(skipped);
-    room
+    room.extend_from_slice(message);
+    *message = room;
 }
 
 /// The next bytes of an answer to hand to its connection. They keep what it holds, the request's place in the server,

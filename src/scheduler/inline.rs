@@ -7,8 +7,8 @@
 //! Owns whether it may be, and the run. Invariants: nothing is overtaken: what runs at once finds an empty queue, and a
 //! collector takes what a worker would; nothing is waited for, since the instance is idle and promised to nobody; the
 //! thread is held for about [`Config::longest_inline`], and by a large request for as much again as by reading it. What a
-//! collector finds that takes longer, or fails together, it leaves to a worker. The compute gate is for workers: I/O threads share the cores with them anyway, and spend more on
-//! a JSON body than on such a run.
+//! collector finds that takes longer, or fails together, it leaves to a worker. The compute gate is for workers: I/O
+//! threads share the cores with them anyway, and spend more on a JSON body than on such a run.
 //!
 //! Runs on the caller's thread, an I/O thread mostly. What the caller is not told of the instance, a panic for one, is
 //! settled by the guard that holds it.
@@ -145,16 +145,18 @@ impl Shared {
         BatchExecuted { version, requests: 1, rows, data, padding, input, gather_and_compute, split, failed }.emit();
     }
 
-    /// By what such requests took lately, on whatever they brought. One that takes longer than others may be collected
-    /// for is not one of those that come fast.
+    /// One that may run alone only is not one of those that are collected.
     pub(super) fn runs_at_once(&self, bytes: usize) -> bool {
-        self.quickness.expect(bytes).is_some_and(|expected| {
-            if expected > self.config.longest_inline {
-                expected <= self.longest_alone(bytes)
-            } else {
-                !self.pace.collects()
-            }
-        })
+        if self.ran_within(bytes, self.config.longest_inline) {
+            !self.pace.collects()
+        } else {
+            self.ran_within(bytes, self.longest_alone(bytes))
+        }
+    }
+
+    /// By what such requests took lately, on whatever they brought.
+    fn ran_within(&self, bytes: usize, longest: Duration) -> bool {
+        self.quickness.expect(bytes).is_some_and(|expected| expected <= longest)
     }
 
     /// For a request that runs alone: no longer than any may take, and what reading it took the thread before.
@@ -166,19 +168,15 @@ impl Shared {
 
     /// By what such requests took lately, and by what runs of so many rows of such an extent cost.
     pub(super) fn is_quick(&self, costs: &CostModel, job: &Job) -> bool {
-        let was_quick =
-            self.quickness.expect(job.bytes()).is_some_and(|expected| expected <= self.config.longest_inline);
-        was_quick && self.takes_little(costs, job.rows, job.extent)
-    }
-
-    fn takes_little(&self, costs: &CostModel, rows: usize, extent: Option<usize>) -> bool {
-        costs.predict(rows, extent).is_none_or(|expected| expected <= self.config.longest_inline)
+        let longest = self.config.longest_inline;
+        self.ran_within(job.bytes(), longest) && runs_within(costs, job.rows, job.extent, longest)
     }
 
     /// As many as a run may have that keeps a thread for no longer than may be.
     pub(super) fn quick_rows(&self, costs: &CostModel, rows: usize, extent: Option<usize>) -> usize {
+        let longest = self.config.longest_inline;
         let halved = std::iter::successors(Some(rows.max(1)), |rows| Some(rows / 2).filter(|rows| *rows > 0));
-        halved.into_iter().find(|rows| self.takes_little(costs, *rows, extent)).unwrap_or(1)
+        halved.into_iter().find(|rows| runs_within(costs, *rows, extent, longest)).unwrap_or(1)
     }
 
     /// The group that is asked first, if it computes on one core and has an instance for a thread that is not its own.
@@ -213,14 +211,18 @@ impl Shared {
     fn inline_turn(self: &Arc<Self>, prepared: &Prepared, bytes: usize) -> Option<Turn<'_>> {
         let mut state = lock(&self.state);
         let group = self.lends(&state).filter(|_| state.batcher.is_empty())?;
-        let expected = state.limits[group].costs().predict(prepared.rows, extent_of(prepared));
-        if expected.is_some_and(|expected| expected > self.longest_alone(bytes)) {
+        if !runs_within(state.limits[group].costs(), prepared.rows, extent_of(prepared), self.longest_alone(bytes)) {
             return None;
         }
         let instance = state.take_idle(group);
         state.inline += 1;
         Some(Turn { shared: self, group, instance })
     }
+}
+
+/// As far as it is known what so many rows of such an extent cost.
+fn runs_within(costs: &CostModel, rows: usize, extent: Option<usize>, longest: Duration) -> bool {
+    costs.predict(rows, extent).is_none_or(|expected| expected <= longest)
 }
 
 /// An instance on loan to the thread that runs its request itself.

@@ -20,8 +20,8 @@ const LIMITS: ConnectionLimits = ConnectionLimits {
     write_timeout: Duration::from_secs(10),
 };
 
-/// Serves `router` on a new thread until the phase is [`Phase::Stopped`]. Returns the bound address once connections are accepted
-/// by the kernel.
+/// Serves `router` on a new thread until the phase is [`Phase::Stopped`]. Returns the bound address once connections are
+/// accepted by the kernel.
 pub(super) fn spawn(
     plane: &'static str,
     address: SocketAddr,

@@ -3,8 +3,8 @@
 //! For requests, golden cases and warm-ups alike; what surrounds the elements, and how many bytes they may take, is the
 //! caller's. Numbers are read exactly, see `number`.
 //!
-//! Text given here may not have passed a JSON parser, if there are no strings in it: what is no JSON is refused, but where it
-//! is wrong, only one can tell.
+//! Text given here may not have passed a JSON parser, if there are no strings in it: what is no JSON is refused, but where
+//! it is wrong, only one can tell.
 
 use bytes::Bytes;
 use half::{bf16, f16};

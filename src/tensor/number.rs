@@ -39,9 +39,10 @@ macro_rules! integers {
             #[inline]
             fn read(text: &[u8]) -> Result<(Self, usize), ElementError> {
                 if let Some(Decimal { negative, digits, fraction: 0, length }) = decimal(text) {
-                    // At most 16 digits.
+                    // Of at most [`AT_ONCE`] digits.
                     let value = if negative { -(digits as i64) } else { digits as i64 };
-                    return Self::try_from(value).map(|value| (value, length)).map_err(|_| ElementError::Range { dtype: Self::DTYPE });
+                    let value = Self::try_from(value).map_err(|_| ElementError::Range { dtype: Self::DTYPE })?;
+                    return Ok((value, length));
                 }
                 rare(text)
             }
@@ -50,7 +51,8 @@ macro_rules! integers {
         impl Rare for $rust {
             fn of(token: &str) -> Result<Self, ElementError> {
                 let dtype = Self::DTYPE;
-                token.parse().or_else(|_| Self::try_from(integer(token, dtype)?).map_err(|_| ElementError::Range { dtype }))
+                let otherwise = || Self::try_from(integer(token, dtype)?).map_err(|_| ElementError::Range { dtype });
+                token.parse().or_else(|_| otherwise())
             }
         })*
     };
@@ -141,9 +143,12 @@ impl Decimal {
     }
 }
 
+/// Digits that are read at once.
+const AT_ONCE: usize = 16;
+
 /// 10^0 to 10^16, each of which is exact as a double, too.
-const POWERS: [u64; 17] = {
-    let mut powers = [1; 17];
+const POWERS: [u64; AT_ONCE + 1] = {
+    let mut powers = [1; AT_ONCE + 1];
     let mut i = 1;
     while i < powers.len() {
         powers[i] = powers[i - 1] * 10;
@@ -152,12 +157,12 @@ const POWERS: [u64; 17] = {
     powers
 };
 
-/// The number that `text` begins with, if it has no exponent, at most 16 digits, and enough bytes follow it to read ahead.
+/// The number that `text` begins with, if it has no exponent, at most [`AT_ONCE`] digits, and enough bytes follow it to read ahead.
 #[inline]
 fn decimal(text: &[u8]) -> Option<Decimal> {
     let negative = *text.first()? == b'-';
     let start = usize::from(negative);
-    let ahead: &[u8; 16] = text.get(start..)?.first_chunk()?;
+    let ahead: &[u8; AT_ONCE] = text.get(start..)?.first_chunk()?;
     // So often that where the fraction begins need not be computed before it is looked at.
     let one_digit = ahead[0].is_ascii_digit() && ahead[1] == b'.';
     let (whole, count) = if one_digit { (u64::from(ahead[0] - b'0'), 1) } else { digits(ahead) };
@@ -165,7 +170,7 @@ fn decimal(text: &[u8]) -> Option<Decimal> {
     let mut next = *text.get(decimal.length)?;
     if next == b'.' {
         let (part, fraction) = digits(text.get(decimal.length + 1..)?.first_chunk()?);
-        if fraction == 0 || count + fraction > 16 {
+        if fraction == 0 || count + fraction > AT_ONCE {
             return None;
         }
         decimal.digits = whole.wrapping_mul(POWERS[fraction]).wrapping_add(part);
@@ -181,11 +186,11 @@ fn decimal(text: &[u8]) -> Option<Decimal> {
 /// The value of the digits that `text` begins with, and how many of them there are. Branches on none of them, for how
 /// many there are is not to be foreseen.
 #[inline]
-fn digits(text: &[u8; 16]) -> (u64, usize) {
-    const ZEROS: u128 = u128::from_le_bytes([b'0'; 16]);
+fn digits(text: &[u8; AT_ONCE]) -> (u64, usize) {
+    const ZEROS: u128 = u128::from_le_bytes([b'0'; AT_ONCE]);
     // A byte of 10 or more overflows into its highest bit, and into bytes behind it only.
-    const OVERFLOW: u128 = u128::from_le_bytes([0x80 - 10; 16]);
-    const HIGHEST: u128 = u128::from_le_bytes([0x80; 16]);
+    const OVERFLOW: u128 = u128::from_le_bytes([0x80 - 10; AT_ONCE]);
+    const HIGHEST: u128 = u128::from_le_bytes([0x80; AT_ONCE]);
     let digits = u128::from_le_bytes(*text) ^ ZEROS;
     let others = (digits.wrapping_add(OVERFLOW) | digits) & HIGHEST;
     let count = others.trailing_zeros() / 8;

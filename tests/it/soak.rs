@@ -182,8 +182,8 @@ fn load(address: SocketAddr, round: usize) {
 }
 
 /// The short form of an hour: what leaks, leaks per request. Memory rises while pools and caches fill and then stays:
-/// wanted is a stretch of rounds in which it rises by less than 16 bytes a request. A leak of 64 bytes, or of the smallest allocation there is (32 with the
-/// allocator's own), would rise by more in every stretch.
+/// wanted is a stretch of rounds in which it rises by less than 16 bytes a request. A leak of 64 bytes, or of the smallest
+/// allocation there is (32 with the allocator's own), would rise by more in every stretch.
 #[test]
 fn memory_stays_flat_under_load_that_nobody_scrapes() {
     const STRETCH: usize = 8;

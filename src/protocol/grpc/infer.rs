@@ -77,8 +77,8 @@ where
     }
 }
 
-/// The content of a message that is not compressed. Tensors end a message: the last of them, if it has as many bytes as
-/// such tensors have, lies where engines compute on it.
+/// The content of a message that is not compressed. Tensors end a message, which ends at a multiple of
+/// [`common::ALIGNMENT`]: the last of them, if its length is a multiple, too, lies where engines compute on it.
 async fn gather<B>(mut body: Inward<B>) -> Result<Bytes, Status>
 where
     B: http_body::Body<Data = Bytes> + Unpin,
@@ -89,9 +89,7 @@ where
         let Ok(data) = frame?.into_data() else { continue };
         let expected = body.expected();
         if message.capacity() < expected {
-            let mut larger = common::aligned(expected, expected);
-            larger.extend_from_slice(&message);
-            message = larger;
+            common::move_aligned(&mut message, expected, expected);
         }
         message.extend_from_slice(&data);
     }

@@ -520,7 +520,6 @@ mod tests {
         }
     }
 
-    /// Never gives a frame, never ends.
     /// As a client's frames arrive, each in a poll of its own.
     struct Arriving(VecDeque<Frame<Bytes>>, bool);
 
@@ -553,6 +552,7 @@ mod tests {
         assert_eq!(*seen.lock().unwrap(), [(false, 0), (true, 0)], "no place is free while either goes on");
     }
 
+    /// Never gives a frame, never ends.
     struct Stalled;
     impl Body for Stalled {
         type Data = Bytes;

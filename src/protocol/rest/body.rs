@@ -30,8 +30,8 @@ fn too_large(max: usize) -> Error {
     Error::too_large(format!("the request body is longer than {max} bytes"))
 }
 
-/// Reads the whole body. `permit` grows with what arrives, whatever was declared. Of a body that comes in several parts, the
-/// byte at `tensors` lies at a multiple of [`common::ALIGNMENT`].
+/// Reads the whole body. `permit` grows with what arrives, whatever was declared. Of a body that comes in several parts,
+/// the byte at `tensors` lies at a multiple of [`common::ALIGNMENT`].
 pub(super) async fn read(
     mut body: Body,
     declared: Option<usize>,
@@ -127,11 +127,10 @@ impl Whole {
         }
         let (held, length) = (self.length(), self.length() + data.len());
         if self.rest.capacity() < length {
-            let mut larger = common::aligned(self.room(held, length), self.tensors);
-            larger.extend_from_slice(&self.first);
-            larger.extend_from_slice(&self.rest);
-            (self.first, self.rest) = (Bytes::new(), larger);
+            let room = self.room(held, length);
+            common::move_aligned(&mut self.rest, room, self.tensors);
         }
+        self.rest.extend_from_slice(&std::mem::take(&mut self.first));
         self.rest.extend_from_slice(&data);
     }
 

@@ -40,7 +40,7 @@ pub(super) fn parse(model: &str, json: &[u8], tail: Tail, config: &Config, permi
         .map_err(|error| Error::invalid(format!("the request JSON is not UTF-8 at byte {}", error.valid_up_to())))?;
     check_depth(text, config.max_json_depth)?;
     let outline = Outline::of(text);
-    // What is wrong with the JSON, and where, is told by the parser of all of it, and before what is wrong with the request.
+    // What is wrong with the JSON, and where, is told by the parser of all of it, before what is wrong with the request.
     let Some(body) = outline.as_ref().and_then(of_outline) else {
         return tensors(model, envelope(text)?, None, tail, config, permit);
     };
